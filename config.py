@@ -1,0 +1,145 @@
+"""The Sacred experiment: defaults (the Flickr30K preset), and the named configs.
+
+What a key may hold stands in `hacan/settings.py`; METHOD section numbers say where a constant comes from. Named configs
+are Sacred's: `python run.py with coco_config data_root=/data`.
+"""
+
+from sacred import SETTINGS, Experiment
+
+# Sacred's own capture of standard output breaks progress bars: it records every redraw as a line.
+SETTINGS.CAPTURE_MODE = "no"
+SETTINGS.CONFIG.READ_ONLY_CONFIG = False
+
+ex = Experiment("HACAN", save_git_info=True)
+
+
+@ex.config
+def config() -> None:
+    """Flickr30K, hybrid alignment, GCD loss (METHOD sections 1, 2, 4, 5, 6)."""
+    # run
+    exp_name = "hacan"
+    seed = 0
+    log_dir = "result"
+    save_path = ""
+    test_only = False
+    checkpoint = ""
+    trust_checkpoint = False
+    resume_from = ""
+    fast_dev_run = False
+    report = False
+
+    # data
+    data_root = ""
+    datasets = "f30k"
+    use_restval = True
+    eval_split = "test"
+    image_size = 224
+    max_text_len = 32
+    tokenizer = "bert-base-uncased"
+    batch_size = 64
+    per_gpu_batchsize = 64
+    num_workers = 8
+    on_bad_image = "error"
+
+    # model
+    image_encoder = "convnext_base.fb_in22k"
+    image_weights = "pretrained"
+    image_encoder_args = {}
+    image_levels = [-2, -1]
+    text_encoder = "bert-base-uncased"
+    text_weights = "pretrained"
+    text_encoder_args = {}
+    text_levels = [-3, -1]
+    embed_dim = 768
+    activation = "leaky_relu"
+    alignment = "hybrid"
+    direction = "t2i"
+    lambda_softmax = 9.0
+    focal_type = "prob"
+
+    # loss
+    loss = "GCD"
+    margin = 0.2
+    triplet_reduction = "sum"
+    global_loss_weight = 10.0
+    infonce_temperature = 0.05
+    warmup_epochs = 0
+    warmup_loss = "InfoNCE"
+    all_negatives_epochs = 0
+
+    # training
+    max_epoch = 30
+    learning_rate = 1e-4
+    lr_decay_every = 10
+    lr_decay = 0.1
+    freeze_backbone_epochs = 10
+    precision = "16-mixed"
+    num_gpus = 1
+    num_nodes = 1
+    gather_negatives = True
+    deterministic = False
+
+    # evaluation
+    inference_topk = 50
+    coarse = "global"
+    fold5 = False
+    score_memory = 256
+    feature_memory = 8192
+    bootstrap = 1000
+    curve = False
+
+
+@ex.named_config
+def coco_config() -> None:
+    """MS-COCO, Karpathy's split (METHOD section 5: direction i2t)."""
+    datasets = "coco"
+    direction = "i2t"
+
+
+@ex.named_config
+def f8k_config() -> None:
+    """Flickr8K, Karpathy's split."""
+    datasets = "f8k"
+
+
+@ex.named_config
+def revised_config() -> None:
+    """The authors' later public code (METHOD sections 3, 4, 5, the revised column)."""
+    alignment = "revised"
+    loss = "GCD_revised"
+    triplet_reduction = "mean"
+    global_loss_weight = 1.0
+    learning_rate = 1e-5
+
+
+@ex.named_config
+def demo_config() -> None:
+    """The embedded demo: generated scenes, small encoders from scratch, minutes on two CPU cores."""
+    exp_name = "demo"
+    data_root = "data/demo"
+    datasets = "scenes"
+    image_size = 96
+    tokenizer = "scenes"
+    num_workers = 0
+
+    image_encoder = "convnext_atto"
+    image_weights = "random"
+    image_encoder_args = {"depths": [1, 1, 2, 1], "dims": [32, 64, 96, 128]}
+    text_encoder = "bert"
+    text_weights = "random"
+    text_encoder_args = {
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "max_position_embeddings": 64,
+    }
+    text_levels = [-2, -1]
+    embed_dim = 128
+
+    max_epoch = 20
+    learning_rate = 1e-3
+    freeze_backbone_epochs = 0
+    precision = "32-true"
+    warmup_epochs = 20
+    all_negatives_epochs = 3

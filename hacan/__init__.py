@@ -1,0 +1,1 @@
+"""HACAN: hybrid attention-driven cross-layer alignment for image-text retrieval."""

@@ -1,0 +1,242 @@
+"""The flat config as frozen, validated settings: the only form in which it travels below `run.py`.
+
+Defaults live in `config.py`; here stands what a key may hold. A wrong type, range or choice raises `UserError` with one
+line that names the key, the value and what was expected, before anything is loaded. Standard library only.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hacan.errors import UserError
+
+DATASETS = ("f30k", "f8k", "coco", "captions", "scenes")
+LOSSES = ("GCD", "GCD_revised", "F_HN", "M_HN", "InfoNCE")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+def _key(doc: str, *, choices: tuple = (), low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
+    """A field with what it may hold: one of `choices`, or a number in [low, high] (`above`: low itself excluded)."""
+    return dataclasses.field(metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What this run is, and where it is kept."""
+
+    exp_name: str = _key("name of the run's folder under log_dir")
+    seed: int = _key("seed of weights, data order and augmentation", low=0, high=2**32 - 1)
+    log_dir: str = _key("folder of all runs: Sacred's records, logs, metrics")
+    save_path: str = _key("folder of the checkpoints; empty: the run's own folder")
+    test_only: bool = _key("evaluate `checkpoint` and train nothing")
+    checkpoint: tuple[str, ...] = _key("weights to start from, or to evaluate; several: an ensemble")
+    trust_checkpoint: bool = _key("read checkpoints that are pickles of more than tensors; they can run code")
+    resume_from: str = _key("checkpoint of an interrupted run, or `last`: go on where it stopped")
+    fast_dev_run: bool = _key("two batches of everything, to see that it runs")
+    report: bool = _key("write report.html beside metrics.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Pictures, captions, and how they are cut into batches."""
+
+    data_root: str = _key("folder that holds the data set's folder")
+    datasets: str = _key("which data set", choices=DATASETS)
+    use_restval: bool = _key("COCO: train on the restval images too")
+    eval_split: str = _key("split that is evaluated at the end", choices=("train", "val", "test"))
+    image_size: int = _key("side of the square fed to the image encoder, in pixels", low=32, high=2048)
+    max_text_len: int = _key("tokens of a caption at most, [CLS] and [SEP] included", low=3, high=512)
+    tokenizer: str = _key("hub name, folder or vocab.txt; `scenes`: the vocabulary of the embedded demo")
+    batch_size: int = _key("pairs per optimiser step, all processes together", low=1)
+    per_gpu_batchsize: int = _key("pairs per forward pass of one process; gradients accumulate up to batch_size", low=1)
+    num_workers: int = _key("processes that decode pictures; 0: the training process itself", low=0, high=1024)
+    on_bad_image: str = _key("what an unreadable picture does in training", choices=("error", "skip"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Encoders, projections and the fine alignment."""
+
+    image_encoder: str = _key("name of a timm backbone with two feature levels")
+    image_weights: str = _key("`pretrained` (from timm's hub), `random`, or the path of a weights file")
+    image_encoder_args: dict = _key("further arguments for timm.create_model")
+    image_levels: tuple[int, ...] = _key("the mid and the high feature level, as timm counts them (-1: the last)")
+    text_encoder: str = _key("hub name or folder of a BERT-like encoder; with text_weights=random a model type")
+    text_weights: str = _key("`pretrained` (text_encoder's own), `random`, or the path of a weights file")
+    text_encoder_args: dict = _key("with text_weights=random: arguments of the encoder's transformers config")
+    text_levels: tuple[int, ...] = _key("the mid and the high entry of hidden_states (-1: the last layer)")
+    embed_dim: int = _key("joint width d of regions, tokens and global embeddings", low=1)
+    activation: str = _key("activation of the aggregators", choices=("leaky_relu", "tanh", "none"))
+    alignment: str = _key("form of the fine similarity", choices=("hybrid", "revised"))
+    direction: str = _key("what queries what", choices=("i2t", "t2i", "both"))
+    lambda_softmax: float = _key("inverse temperature of the hybrid attention", low=0, above=True)
+    focal_type: str = _key("rule of the hybrid Key Semantic Filter", choices=("prob", "equal"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Losses, their weights and their schedule."""
+
+    loss: str = _key("loss on the global embeddings", choices=LOSSES)
+    margin: float = _key("margin of every hinge", low=0)
+    triplet_reduction: str = _key("triplet loss over the batch", choices=("sum", "mean"))
+    global_loss_weight: float = _key("weight of the global loss beside the triplet loss", low=0)
+    infonce_temperature: float = _key("temperature of InfoNCE", low=0, above=True)
+    warmup_epochs: int = _key("first epochs in which warmup_loss stands in for `loss`", low=0)
+    warmup_loss: str = _key("global loss of the warm-up epochs", choices=LOSSES)
+    all_negatives_epochs: int = _key("first epochs in which the triplet loss takes all negatives, not the hardest", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Optimiser, schedule and devices."""
+
+    max_epoch: int = _key("epochs in all", low=1)
+    learning_rate: float = _key("Adam's learning rate", low=0, above=True)
+    lr_decay_every: int = _key("epochs between two decays of the learning rate", low=1)
+    lr_decay: float = _key("factor of each decay", low=0, high=1, above=True)
+    freeze_backbone_epochs: int = _key("first epochs in which both backbones stay as they are", low=0)
+    precision: str = _key("arithmetic of the encoders", choices=PRECISIONS)
+    num_gpus: int = _key("devices per node (on a machine without GPUs: processes)", low=1)
+    num_nodes: int = _key("machines", low=1)
+    gather_negatives: bool = _key("several processes: negatives from the batches of all of them")
+    deterministic: bool = _key("only deterministic kernels, on a GPU too (slower)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Retrieval and its protocol."""
+
+    inference_topk: int = _key("length K of the shortlist that the fine stage re-ranks", low=1)
+    coarse: str = _key("score of the coarse stage", choices=("global", "release"))
+    fold5: bool = _key("COCO 1K: the mean over five folds of the test split, each ranked on its own")
+    score_memory: int = _key("working set of fine scoring, in MiB", low=1)
+    feature_memory: int = _key("features of a split kept in memory, in MiB; larger ones are memory-mapped", low=1)
+    bootstrap: int = _key("resamples behind the 95% intervals; 0: no intervals", low=0)
+    curve: bool = _key("also write recalls, time and memory over K")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a run, by the part that reads them."""
+
+    run: RunSettings
+    data: DataSettings
+    model: ModelSettings
+    loss: LossSettings
+    train: TrainSettings
+    eval: EvalSettings
+
+    @classmethod
+    def from_flat(cls, config: Mapping[str, Any]) -> "Settings":
+        """Settings of a flat config. Unknown or missing keys, wrong types, ranges and choices raise `UserError`."""
+        parts = {field.name: field.type for field in dataclasses.fields(cls)}
+        known = {field.name: part for part, kind in parts.items() for field in dataclasses.fields(kind)}
+        for key in config:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=3)
+                hint = f"did you mean {' or '.join(close)}?" if close else f"the keys are {', '.join(sorted(known))}"
+                raise UserError(f"there is no config key {key!r}: {hint}")
+        missing = sorted(set(known) - set(config))
+        if missing:
+            raise UserError(f"the config lacks {', '.join(missing)}")
+        values: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        for part, kind in parts.items():
+            hints = typing.get_type_hints(kind)
+            for field in dataclasses.fields(kind):
+                values[part][field.name] = _checked(field.name, config[field.name], hints[field.name], field.metadata)
+        settings = cls(**{part: kind(**values[part]) for part, kind in parts.items()})
+        _check_together(settings)
+        return settings
+
+    def to_flat(self) -> dict[str, Any]:
+        """The flat config again, of plain values: `Settings.from_flat(s.to_flat()) == s`."""
+        return {key: value for part in dataclasses.asdict(self).values() for key, value in part.items()}
+
+
+def _checked(key: str, value: Any, kind: Any, rule: Mapping[str, Any]) -> Any:
+    """`value` as `kind`, or a UserError in one line."""
+    value = _plain(key, value)
+    if typing.get_origin(kind) is tuple:
+        member = typing.get_args(kind)[0]
+        if not isinstance(value, tuple) or not all(_is(member, item) for item in value):
+            raise UserError(f"{key}={value!r}: expected a list of {member.__name__} values")
+        return value
+    if kind is float and _is(int, value):
+        value = float(value)
+    if not _is(kind, value):
+        expected = f"one of {', '.join(rule['choices'])}" if rule["choices"] else f"a value of type {kind.__name__}"
+        raise UserError(f"{key}={value!r}: expected {expected}, found {type(value).__name__}")
+    if rule["choices"] and value not in rule["choices"]:
+        raise UserError(f"{key}={value!r}: expected one of {', '.join(rule['choices'])}")
+    if kind in (int, float):
+        too_low = value <= rule["low"] if rule["above"] else value < rule["low"]
+        if too_low or value > rule["high"] or not math.isfinite(value):
+            raise UserError(f"{key}={value!r}: expected a number {_range(rule)}")
+    return value
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Plain Python values from what people type and what Sacred makes of it (its lists and dicts are classes of its own)."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(key, item) for name, item in value.items()}
+    if key == "datasets" and isinstance(value, tuple):  # people of this field type datasets=["f30k"]
+        if len(value) != 1:
+            raise UserError(f"datasets={list(value)!r}: expected one data set; train on several by merging their captions")
+        return value[0]
+    if key == "checkpoint" and isinstance(value, str):  # Sacred leaves "[a.ckpt, b.ckpt]" a string: no quotes inside
+        inner = value.strip()
+        if inner.startswith("[") and inner.endswith("]"):
+            return tuple(path.strip().strip("'\"") for path in inner[1:-1].split(",") if path.strip())
+        return (value,) if value else ()
+    if key == "precision" and value in (16, "16", 32, "32", "bf16"):  # Lightning's older names
+        return {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[str(value)]
+    return value
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether `value` is of `kind`; True and False are not numbers."""
+    return isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
+
+
+def _range(rule: Mapping[str, Any]) -> str:
+    low = f"above {rule['low']:g}" if rule["above"] else f"from {rule['low']:g}"
+    parts = [low if math.isfinite(rule["low"]) else "", f"up to {rule['high']:g}" if math.isfinite(rule["high"]) else ""]
+    return " ".join(part for part in parts if part) or "that is finite"
+
+
+def _check_together(settings: Settings) -> None:
+    """Rules between keys."""
+    run, data, model = settings.run, settings.data, settings.model
+    processes = settings.train.num_gpus * settings.train.num_nodes
+    if data.batch_size % (min(data.per_gpu_batchsize, data.batch_size) * processes):
+        raise UserError(
+            f"batch_size={data.batch_size} is not a multiple of per_gpu_batchsize={data.per_gpu_batchsize} times "
+            f"{processes} process(es) (num_gpus x num_nodes): gradients could not accumulate up to it evenly"
+        )
+    for key in ("image_levels", "text_levels"):
+        if len(getattr(model, key)) != 2:
+            raise UserError(f"{key}={list(getattr(model, key))!r}: expected two numbers, the mid and the high level")
+    if run.test_only and not run.checkpoint:
+        raise UserError("test_only=True needs checkpoint=PATH: the weights that are to be evaluated")
+    if run.test_only and run.resume_from:
+        raise UserError("resume_from goes on with a training; with test_only=True give checkpoint=PATH instead")
+    if len(run.checkpoint) > 1 and not run.test_only:
+        raise UserError("several checkpoints are an ensemble, which can only be evaluated: add test_only=True")
+    if settings.eval.fold5 and data.datasets != "coco":
+        raise UserError(f"fold5=True is the five-fold 1K protocol of COCO; datasets={data.datasets!r} has none")
+    if not data.data_root:
+        raise UserError("data_root is empty: give the folder that holds your data set, data_root=PATH")
+
+
+def describe() -> dict[str, types.MappingProxyType]:
+    """Every config key with its rules (doc, choices, low, high), for documents and tests."""
+    parts = (field.type for field in dataclasses.fields(Settings))
+    return {field.name: field.metadata for part in parts for field in dataclasses.fields(part)}

@@ -1,0 +1,69 @@
+"""The containers that travel between rooms: NamedTuples of tensors, which Lightning moves between devices.
+
+Orientation, everywhere: images are rows, texts are columns of every score matrix.
+Letters: B pairs of a batch, N images, M texts, R regions, W tokens, d the joint width, L the tokens of all texts.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PairBatch(NamedTuple):
+    """B image-caption pairs, as the data modules make them."""
+
+    images: Tensor  # [B, 3, H, W] float, normalised pixels
+    token_ids: Tensor  # [B, W] int64, padded
+    token_mask: Tensor  # [B, W] bool, True where a token is real ([CLS] and [SEP] included)
+    image_ids: Tensor  # [B] int64: pairs of one image share it, and are not each other's negatives
+    caption_ids: Tensor  # [B] int64, the caption's place in its split
+
+
+class EncodedImages(NamedTuple):
+    """N images after the encoder and the projections."""
+
+    high: Tensor  # [N, R_high, d] regions of the last level (49 for ConvNeXt at 224 pixels)
+    mid: Tensor  # [N, R_mid, d] regions of the level before (196)
+    pooled: Tensor  # [N, d] global embedding, unit length
+
+
+class EncodedTexts(NamedTuple):
+    """M texts after the encoder and the projections, padded to one width."""
+
+    high: Tensor  # [M, W, d] tokens of the last layer
+    mid: Tensor  # [M, W, d] tokens of the third layer from the end
+    mask: Tensor  # [M, W] bool, True where a token is real; padding takes no part anywhere
+    pooled: Tensor  # [M, d] global embedding, unit length
+
+
+class PackedTexts(NamedTuple):
+    """The ragged twin of EncodedTexts: the real tokens of M texts, one after the other, without padding."""
+
+    high: Tensor  # [L, d]
+    mid: Tensor  # [L, d]
+    offsets: Tensor  # [M + 1] int64, on the CPU: text j owns the rows offsets[j]:offsets[j + 1]
+    pooled: Tensor  # [M, d] global embedding, unit length
+
+
+class HardNegatives(NamedTuple):
+    """The hardest negative of each pair of a batch, by the fine scores."""
+
+    text_of_image: Tensor  # [B] int64: the text that image i is most wrongly matched with
+    image_of_text: Tensor  # [B] int64: the image that text j is most wrongly matched with
+
+
+class Gallery(NamedTuple):
+    """A split, each image and each caption encoded once."""
+
+    images: EncodedImages
+    texts: PackedTexts
+    image_of_text: Tensor  # [M] int64: the row in `images` that caption j belongs to
+
+
+class RetrievalResult(NamedTuple):
+    """What a ranking gave, both ways. Ranks count from 0; `inf` means that no correct item was in the shortlist."""
+
+    ranks_i2t: Tensor  # [N] float64: rank of the best-ranked caption of image i
+    ranks_t2i: Tensor  # [M] float64: rank of the image of caption j
+    top_i2t: Tensor  # [N, K] int64: texts of the shortlist of image i, best first
+    top_t2i: Tensor  # [M, K] int64: images of the shortlist of text j, best first
