@@ -1,0 +1,194 @@
+"""Draws the demo's scenes with OpenCV and keeps them on disk as a Karpathy file beside PNG pictures."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from datamodules.records import CaptionedImage
+from datamodules.scenes import Scene, SceneIndex, caption_scene, sample_scenes
+from hacan.errors import UserError
+
+FORMAT = 1  # raise it when the same parameters give other pictures or captions: what is on disk is then made anew
+DEFAULT_COUNTS = {"train": 1000, "val": 100, "test": 200}
+PICTURE_SIZE = 112  # pixels; things keep off the border by an eighth, so that mild crops cut nothing away
+INK = {  # blue, green, red, as OpenCV orders them
+    "red": (40, 40, 215),
+    "green": (60, 160, 50),
+    "blue": (210, 80, 40),
+    "yellow": (40, 220, 240),
+    "purple": (160, 50, 130),
+    "orange": (20, 130, 245),
+    "white": (245, 245, 245),
+    "gray": (128, 128, 128),
+    "black": (25, 25, 25),
+}
+RADIUS = {"small": 0.066, "large": 0.118}  # of the picture's side
+_FINE = 4  # drawn so many times larger, then averaged down: smooth edges
+_FRACTION_BITS = 4
+
+
+def draw_scene(scene: Scene, *, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture of `scene`, [size, size, 3] uint8 in OpenCV's channel order; `rng` moves things and tints a little."""
+    canvas = np.empty((size * _FINE, size * _FINE, 3), np.uint8)
+    canvas[:] = _tint(scene.background, rng)
+    places = (0.29, 0.71) if len(scene.things) == 2 else (0.245, 0.5, 0.755)
+    across = rng.uniform(0.35, 0.65)  # where the row lies vertically, the column horizontally
+    for along, thing in zip(places, scene.things, strict=True):
+        along = along + rng.uniform(-0.01, 0.01)
+        beside = across + rng.uniform(-0.04, 0.04)
+        x, y = (along, beside) if scene.layout == "row" else (beside, along)
+        radius = RADIUS[thing.size] * rng.uniform(0.93, 1.0)
+        centre = np.array([x, y]) * size * _FINE
+        _draw_thing(canvas, thing.shape, centre, radius * size * _FINE, _tint(thing.colour, rng))
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def _tint(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    return tuple(int(value) for value in np.clip(np.array(INK[colour]) + rng.integers(-10, 11, size=3), 0, 255))
+
+
+def _draw_thing(canvas: np.ndarray, shape: str, centre: np.ndarray, radius: float, ink: tuple[int, int, int]) -> None:
+    scale = 1 << _FRACTION_BITS
+    if shape == "circle":
+        x, y = (int(value) for value in np.round(centre * scale))
+        cv2.circle(canvas, (x, y), round(radius * scale), ink, -1, cv2.LINE_8, _FRACTION_BITS)
+        return
+    if shape == "square":
+        angles, radii = np.array([45, 135, 225, 315]), 1.15
+    elif shape == "triangle":
+        angles, radii = np.array([-90, 30, 150]), 1.2
+    elif shape == "star":
+        angles, radii = -90 + 36 * np.arange(10), np.where(np.arange(10) % 2 == 0, 1.2, 0.5)
+    else:
+        raise ValueError(f"shape={shape!r} cannot be drawn; expected circle, square, triangle or star")
+    turns = np.deg2rad(angles)
+    corners = centre + radius * np.stack([radii * np.cos(turns), radii * np.sin(turns)], axis=1)
+    cv2.fillPoly(canvas, [np.round(corners * scale).astype(np.int32)], ink, cv2.LINE_8, _FRACTION_BITS)
+
+
+def write_scenes(
+    folder: Path | str,
+    *,
+    counts: Mapping[str, int] = DEFAULT_COUNTS,
+    seed: int = 0,
+    picture_size: int = PICTURE_SIZE,
+    progress: bool = True,
+) -> Path:
+    """Make the demo's pictures and `dataset_scenes.json` in `folder`; returns the JSON's path.
+
+    The JSON is written last and under another name first: where it stands, all pictures of it stand too.
+    """
+    folder = Path(folder)
+    parameters = _parameters(counts, seed, picture_size)
+    pictures = _picture_folder(folder, parameters)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
+        try:
+            images = _make(staging, dict(counts), seed=seed, picture_size=picture_size, progress=progress)
+            shutil.rmtree(pictures, ignore_errors=True)
+            os.chmod(staging, 0o755)
+            os.replace(staging, pictures)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        content = {"dataset": "scenes", "parameters": parameters, "images": images}
+        target = folder / "dataset_scenes.json"
+        draft = folder / f".dataset_scenes.{os.getpid()}.json"
+        draft.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(draft, target)
+        for stale in folder.glob("images-*"):
+            if stale != pictures:
+                shutil.rmtree(stale, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"the demo's pictures could not be written to {folder}: {error}; give a folder to write in, data_root=PATH"
+        ) from error
+    return target
+
+
+def _make(folder: Path, counts: dict[str, int], *, seed: int, picture_size: int, progress: bool) -> list[dict]:
+    """Write all pictures to `folder`; returns the entries of a Karpathy file."""
+    images: list[dict] = []
+    with tqdm(total=sum(counts.values()), desc="drawing scenes", unit="picture", disable=not progress) as bar:
+        for split, scenes in sample_scenes(counts, seed=seed).items():
+            index = SceneIndex(scenes)
+            for scene in scenes:
+                number = len(images)
+                rng = np.random.default_rng([seed, 1, number])
+                picture = draw_scene(scene, size=picture_size, rng=rng)
+                name = f"scene_{number:05d}.png"
+                if not cv2.imwrite(str(folder / name), picture):
+                    raise OSError(f"OpenCV could not write {folder / name}")
+                captions, _ = caption_scene(scene, index, rng)
+                sentences = [{"raw": caption, "imgid": number} for caption in captions]
+                images.append({"filename": name, "split": split, "imgid": number, "sentences": sentences})
+                bar.update()
+    return images
+
+
+def read_scenes(
+    folder: Path | str,
+    *,
+    counts: Mapping[str, int] = DEFAULT_COUNTS,
+    seed: int = 0,
+    picture_size: int = PICTURE_SIZE,
+    progress: bool = True,
+) -> list[CaptionedImage]:
+    """The demo's records; pictures and captions are made when they are not there, or were made otherwise."""
+    folder = Path(folder)
+    parameters = _parameters(counts, seed, picture_size)
+    content = _read_json(folder / "dataset_scenes.json")
+    pictures = _picture_folder(folder, parameters)
+    if content is None or content.get("parameters") != parameters or not _complete(pictures, content):
+        write_scenes(folder, counts=counts, seed=seed, picture_size=picture_size, progress=progress)
+        content = _read_json(folder / "dataset_scenes.json")
+        if content is None:
+            raise UserError(f"{folder / 'dataset_scenes.json'} vanished while it was read: is another run deleting it?")
+    return [
+        CaptionedImage(
+            path=pictures / image["filename"],
+            captions=tuple(sentence["raw"] for sentence in image["sentences"]),
+            image_id=image["imgid"],
+            split=image["split"],
+        )
+        for image in content["images"]
+    ]
+
+
+def _complete(pictures: Path, content: dict) -> bool:
+    if not pictures.is_dir():
+        return False
+    there = {entry.name for entry in os.scandir(pictures)}
+    return all(image["filename"] in there for image in content["images"])
+
+
+def _read_json(path: Path) -> dict | None:
+    """The file's content; None where it is not there or not JSON (it is then made anew)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else None
+
+
+def _parameters(counts: Mapping[str, int], seed: int, picture_size: int) -> dict:
+    unknown = set(counts) - set(DEFAULT_COUNTS)
+    if unknown or any(count < 1 for count in counts.values()):
+        raise ValueError(f"counts={dict(counts)}: expected one or more pictures for each of train, val and test")
+    return {"format": FORMAT, "counts": dict(counts), "seed": seed, "picture_size": picture_size}
+
+
+def _picture_folder(folder: Path, parameters: dict) -> Path:
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
+    return folder / f"images-{digest}"

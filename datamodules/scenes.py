@@ -1,0 +1,201 @@
+"""The embedded demo: generated pictures of coloured shapes in a row or in a column, with five captions each.
+
+What a scene is and what a caption claims are data, so that "this caption describes that picture" can be decided. A
+caption says as much as it must to describe one picture of its split only. Drawing is in `scene_drawing.py`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SIZES = {"small": ("small", "little"), "large": ("large", "big")}  # what it is -> the words for it
+BACKGROUNDS = ("white", "gray", "black")
+LAYOUTS = ("row", "column")  # first to last: left to right, top to bottom
+
+# Each template names every object of the scene. `a` comes before `b`, `b` before `c` in the scene's order.
+TEMPLATES: dict[tuple[str, int], tuple[str, ...]] = {
+    ("row", 2): (
+        "{a} to the left of {b}",
+        "{b} to the right of {a}",
+        "{a} left of {b}",
+        "there is {a} on the left and {b} on the right",
+    ),
+    ("column", 2): (
+        "{a} above {b}",
+        "{b} below {a}",
+        "{a} over {b}",
+        "there is {a} at the top and {b} at the bottom",
+    ),
+    ("row", 3): (
+        "from left to right {a}, {b} and {c}",
+        "{a} to the left of {b}, and {c} on the right",
+        "{c} to the right of {b}, and {a} on the left",
+        "{b} with {a} on the left and {c} on the right",
+    ),
+    ("column", 3): (
+        "from top to bottom {a}, {b} and {c}",
+        "{a} above {b}, and {c} at the bottom",
+        "{c} below {b}, and {a} at the top",
+        "{b} with {a} above and {c} below",
+    ),
+}
+BETWEEN = ("{b} between {a} and {c}", "{b} between {c} and {a}")  # true of a row and of a column, in either order
+ON_BACKGROUND = ("{caption} on a {background} background", "on {background}, {caption}")
+CAPTIONS_PER_SCENE = 5
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape of a colour and a size; within a scene no two things share shape and colour."""
+
+    shape: str
+    colour: str
+    size: str
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What always tells it from the other things of its scene."""
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two or three things in order, on a background."""
+
+    things: tuple[Thing, ...]
+    layout: str
+    background: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a caption says. `sizes[i]` is None where the size is left out; `layout` None: the middle one is between."""
+
+    kinds: tuple[tuple[str, str], ...]
+    sizes: tuple[str | None, ...]
+    layout: str | None
+    background: str | None
+
+    def describes(self, scene: Scene) -> bool:
+        """Whether all that is said is true of `scene`, which may hold more things than are mentioned."""
+        place = {thing.kind: i for i, thing in enumerate(scene.things)}
+        if any(kind not in place for kind in self.kinds):
+            return False
+        places = [place[kind] for kind in self.kinds]
+        for where, size in zip(places, self.sizes, strict=True):
+            if size is not None and scene.things[where].size != size:
+                return False
+        if self.background is not None and scene.background != self.background:
+            return False
+        rising = places == sorted(places)
+        if self.layout is None:
+            return rising or places == sorted(places, reverse=True)
+        return rising and scene.layout == self.layout
+
+
+def full_claim(scene: Scene) -> Claim:
+    """Everything that can be said of a scene."""
+    kinds, sizes = tuple(thing.kind for thing in scene.things), tuple(thing.size for thing in scene.things)
+    return Claim(kinds, sizes, scene.layout, scene.background)
+
+
+class SceneIndex:
+    """Scenes by the pairs of kinds that they hold: finds those that a claim might describe without reading them all."""
+
+    def __init__(self, scenes: Sequence[Scene] = ()) -> None:
+        self._by_pair: dict[frozenset, list[Scene]] = defaultdict(list)
+        for scene in scenes:
+            self.add(scene)
+
+    def add(self, scene: Scene) -> None:
+        """Add one scene."""
+        for pair in _kind_pairs(scene):
+            self._by_pair[pair].append(scene)
+
+    def described_by(self, claim: Claim) -> list[Scene]:
+        """The scenes that `claim` (of two kinds or more) describes."""
+        return [scene for scene in self._by_pair.get(frozenset(claim.kinds[:2]), ()) if claim.describes(scene)]
+
+    def describing(self, scene: Scene) -> bool:
+        """Whether the full description of a scene in here is true of `scene`, or the other way round."""
+        met = {other for pair in _kind_pairs(scene) for other in self._by_pair.get(pair, ())}
+        claim = full_claim(scene)
+        return any(full_claim(other).describes(scene) or claim.describes(other) for other in met)
+
+
+def _kind_pairs(scene: Scene) -> Iterator[frozenset]:
+    return (frozenset(pair) for pair in combinations([thing.kind for thing in scene.things], 2))
+
+
+def sample_scenes(counts: dict[str, int], *, seed: int) -> dict[str, list[Scene]]:
+    """Scenes for each split, no two alike anywhere: no full description of one is true of another, in any split."""
+    rng = np.random.default_rng([seed, 0])
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    seen = SceneIndex()
+    splits: dict[str, list[Scene]] = {}
+    for split, count in counts.items():
+        splits[split] = []
+        while len(splits[split]) < count:
+            n_things = 2 if rng.random() < 0.4 else 3
+            chosen = rng.choice(len(kinds), size=n_things, replace=False)
+            sizes = rng.choice(list(SIZES), size=n_things)
+            things = tuple(
+                Thing(shape=kinds[kind][1], colour=kinds[kind][0], size=str(size))
+                for kind, size in zip(chosen, sizes, strict=True)
+            )
+            scene = Scene(things, str(rng.choice(LAYOUTS)), str(rng.choice(BACKGROUNDS)))
+            if not seen.describing(scene):
+                seen.add(scene)
+                splits[split].append(scene)
+    return splits
+
+
+def caption_scene(scene: Scene, others: SceneIndex, rng: np.random.Generator) -> tuple[list[str], list[Claim]]:
+    """Five different captions of `scene` and their claims; each describes no scene of `others` but this one."""
+    captions: list[str] = []
+    claims: list[Claim] = []
+    attempts = 0
+    while len(captions) < CAPTIONS_PER_SCENE:
+        attempts += 1
+        everything = attempts > 20  # short captions stay ambiguous here: say all there is to say, in other words
+        between = len(scene.things) == 3 and not everything and rng.random() < 0.25
+        templates = BETWEEN if between else TEMPLATES[scene.layout, len(scene.things)]
+        told = [everything or rng.random() < 0.5 for _ in scene.things]
+        claim = Claim(
+            kinds=tuple(thing.kind for thing in scene.things),
+            sizes=tuple(thing.size if tell else None for thing, tell in zip(scene.things, told, strict=True)),
+            layout=None if between else scene.layout,
+            background=scene.background if everything or rng.random() < 0.4 else None,
+        )
+        caption = _in_words(claim, str(rng.choice(templates)), rng)
+        if caption not in captions and others.described_by(claim) == [scene]:
+            captions.append(caption)
+            claims.append(claim)
+    return captions, claims
+
+
+def _in_words(claim: Claim, template: str, rng: np.random.Generator) -> str:
+    names = {}
+    for letter, (colour, shape), size in zip("abc", claim.kinds, claim.sizes, strict=False):
+        words = [colour, shape] if size is None else [str(rng.choice(SIZES[size])), colour, shape]
+        names[letter] = f"{'an' if words[0] == 'orange' else 'a'} {' '.join(words)}"
+    caption = template.format(**names)
+    if claim.background is not None:
+        caption = str(rng.choice(ON_BACKGROUND)).format(caption=caption, background=claim.background)
+    return caption[0].upper() + caption[1:] + "."
+
+
+def scenes_vocabulary() -> list[str]:
+    """The demo's WordPiece vocabulary: special tokens, the words of the grammar, letters and digits for all others."""
+    texts = [text for group in TEMPLATES.values() for text in group] + list(BETWEEN) + list(ON_BACKGROUND)
+    fields = {"{a}", "{b}", "{c}", "{caption}", "{background}"}
+    words = {word for text in texts for word in text.replace(",", " ").split() if word not in fields}
+    words |= {*SHAPES, *COLOURS, *BACKGROUNDS, "a", "an", *(word for group in SIZES.values() for word in group)}
+    characters = sorted("abcdefghijklmnopqrstuvwxyz0123456789")
+    pieces = [*characters, *(f"##{character}" for character in characters), *"""!"#$%&'()*+,-./:;<=>?@[]^_`{|}~"""]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words - set(pieces)), *pieces]
