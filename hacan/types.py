@@ -46,7 +46,7 @@ class PackedTexts(NamedTuple):
 
 
 class HardNegatives(NamedTuple):
-    """The hardest negative of each pair of a batch, by the fine scores."""
+    """The hardest negative of each pair of a batch, by the fine scores; -1 where nothing in the batch is a negative."""
 
     text_of_image: Tensor  # [B] int64: the text that image i is most wrongly matched with
     image_of_text: Tensor  # [B] int64: the image that text j is most wrongly matched with
