@@ -10,12 +10,13 @@ from sacred import SETTINGS, Experiment
 SETTINGS.CAPTURE_MODE = "no"
 SETTINGS.CONFIG.READ_ONLY_CONFIG = False
 
+# The named configs below have comments, not docstrings: Sacred would make each docstring a config entry.
 ex = Experiment("HACAN", save_git_info=True)
 
 
 @ex.config
 def config() -> None:
-    """Flickr30K, hybrid alignment, GCD loss (METHOD sections 1, 2, 4, 5, 6)."""
+    # Flickr30K, hybrid alignment, GCD loss (METHOD sections 1, 2, 4, 5, 6).
     # run
     exp_name = "hacan"
     seed = 0
@@ -44,11 +45,11 @@ def config() -> None:
     # model
     image_encoder = "convnext_base.fb_in22k"
     image_weights = "pretrained"
-    image_encoder_args = {}
+    image_encoder_args = ""
     image_levels = [-2, -1]
     text_encoder = "bert-base-uncased"
     text_weights = "pretrained"
-    text_encoder_args = {}
+    text_encoder_args = ""
     text_levels = [-3, -1]
     embed_dim = 768
     activation = "leaky_relu"
@@ -91,20 +92,20 @@ def config() -> None:
 
 @ex.named_config
 def coco_config() -> None:
-    """MS-COCO, Karpathy's split (METHOD section 5: direction i2t)."""
+    # MS-COCO, Karpathy's split (METHOD section 5: direction i2t).
     datasets = "coco"
     direction = "i2t"
 
 
 @ex.named_config
 def f8k_config() -> None:
-    """Flickr8K, Karpathy's split."""
+    # Flickr8K, Karpathy's split.
     datasets = "f8k"
 
 
 @ex.named_config
 def revised_config() -> None:
-    """The authors' later public code (METHOD sections 3, 4, 5, the revised column)."""
+    # The authors' later public code (METHOD sections 3, 4, 5, the revised column).
     alignment = "revised"
     loss = "GCD_revised"
     triplet_reduction = "mean"
@@ -114,7 +115,7 @@ def revised_config() -> None:
 
 @ex.named_config
 def demo_config() -> None:
-    """The embedded demo: generated scenes, small encoders from scratch, minutes on two CPU cores."""
+    # The embedded demo: generated scenes, small encoders from scratch, minutes on two CPU cores.
     exp_name = "demo"
     data_root = "data/demo"
     datasets = "scenes"
@@ -124,16 +125,12 @@ def demo_config() -> None:
 
     image_encoder = "convnext_atto"
     image_weights = "random"
-    image_encoder_args = {"depths": [1, 1, 2, 1], "dims": [32, 64, 96, 128]}
+    image_encoder_args = "depths=[1, 1, 2, 1], dims=[32, 64, 96, 128]"
     text_encoder = "bert"
     text_weights = "random"
-    text_encoder_args = {
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-        "max_position_embeddings": 64,
-    }
+    text_encoder_args = (
+        "hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, max_position_embeddings=64"
+    )
     text_levels = [-2, -1]
     embed_dim = 128
 

@@ -4,6 +4,7 @@ Defaults live in `config.py`; here stands what a key may hold. A wrong type, ran
 line that names the key, the value and what was expected, before anything is loaded. Standard library only.
 """
 
+import ast
 import dataclasses
 import difflib
 import math
@@ -187,6 +188,8 @@ def _plain(key: str, value: Any) -> Any:
         value = tuple(value)
     if isinstance(value, Mapping):
         return {name: _plain(key, item) for name, item in value.items()}
+    if key in ("image_encoder_args", "text_encoder_args") and isinstance(value, str):
+        return _keywords(key, value)
     if key == "datasets" and isinstance(value, tuple):  # people of this field type datasets=["f30k"]
         if len(value) != 1:
             raise UserError(f"datasets={list(value)!r}: expected one data set; train on several by merging their captions")
@@ -199,6 +202,17 @@ def _plain(key: str, value: Any) -> Any:
     if key == "precision" and value in (16, "16", 32, "32", "bf16"):  # Lightning's older names
         return {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[str(value)]
     return value
+
+
+def _keywords(key: str, text: str) -> dict[str, Any]:
+    """Arguments written as in a call, "depths=[1, 2], dims=[8, 16]": Sacred rejects keys that a named config adds to a dict."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if call.args:
+            raise ValueError("an argument without a name")
+        return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{key}={text!r}: expected arguments as in a call, such as 'depths=[1, 2], dims=[8, 16]'") from error
 
 
 def _is(kind: type, value: Any) -> bool:

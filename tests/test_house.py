@@ -1,0 +1,87 @@
+"""The house keeps its order: imports go down the list of rooms, never up."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# From the ground up; a module may import what stands before it, and its own room.
+ROOMS = [
+    "hacan.errors",
+    "hacan.types",
+    "hacan.settings",
+    "hacan.pixels",
+    "hacan.encoders",
+    "hacan.aggregator",
+    "hacan.alignment",
+    "hacan.losses",
+    "hacan.model",
+    "hacan.build",
+    "hacan.foreign",
+    "hacan.checkpoints",
+    "hacan.export",
+    "hacan.training",
+    "hacan.retrieval",
+    "hacan.report",
+    "hacan.search",
+]
+MODULES = sorted((ROOT / "hacan").rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name):
+    found = [index for index, place in enumerate(ROOMS) if name == place or name.startswith(place + ".")]
+    return found[0] if found else None
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_the_rooms_only(path):
+    name = module_name(path)
+    if name == "hacan":  # the front door: load_pretrained, looked up on demand
+        return
+    here = room(name)
+    assert here is not None, f"{name} belongs to no room; add it to ROOMS where it stands"
+    for imported in imports(path):
+        top = imported.split(".")[0]
+        assert top not in ("datamodules", "config", "run", "scripts"), f"{name} imports {imported}"
+        if top == "hacan" and room(imported) is not None:
+            assert room(imported) <= here, f"{name} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "datamodules").glob("*.py")), ids=lambda path: path.name)
+def test_data_modules_know_little_of_the_model(path):
+    for imported in imports(path):
+        if imported.split(".")[0] == "hacan":
+            allowed = ("hacan", "hacan.types", "hacan.errors", "hacan.pixels")
+            assert imported in allowed or imported.startswith(tuple(f"{name}." for name in allowed[1:]))
+
+
+def test_the_stdlib_only_modules_stay_so():
+    for path in (ROOT / "hacan" / "settings.py", ROOT / "hacan" / "errors.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - {"hacan"}
+        assert not outside & {"torch", "numpy", "sacred", "transformers", "timm"}, path
+
+
+def test_no_pinned_device():
+    for path in [*MODULES, *(ROOT / "datamodules").glob("*.py")]:
+        text = path.read_text()
+        assert ".cuda()" not in text, path
+        assert "/root/" not in text and "/home/" not in text, path
+
+
+def test_run_is_short():
+    assert len((ROOT / "run.py").read_text().splitlines()) < 100
