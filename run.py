@@ -11,7 +11,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # sacred 0.8.7 imports it; setuptools is pinned
+warnings.filterwarnings(
+    "ignore", message="pkg_resources is deprecated"
+)  # sacred 0.8.7 imports it; setuptools is pinned
 
 from sacred import SETTINGS  # noqa: E402
 from sacred.observers import FileStorageObserver  # noqa: E402

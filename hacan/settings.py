@@ -90,7 +90,9 @@ class LossSettings:
     infonce_temperature: float = _key("temperature of InfoNCE", low=0, above=True)
     warmup_epochs: int = _key("first epochs in which warmup_loss stands in for `loss`", low=0)
     warmup_loss: str = _key("global loss of the warm-up epochs", choices=LOSSES)
-    all_negatives_epochs: int = _key("first epochs in which the triplet loss takes all negatives, not the hardest", low=0)
+    all_negatives_epochs: int = _key(
+        "first epochs in which the triplet loss takes all negatives, not the hardest", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,9 @@ def _plain(key: str, value: Any) -> Any:
         return _keywords(key, value)
     if key == "datasets" and isinstance(value, tuple):  # people of this field type datasets=["f30k"]
         if len(value) != 1:
-            raise UserError(f"datasets={list(value)!r}: expected one data set; train on several by merging their captions")
+            raise UserError(
+                f"datasets={list(value)!r}: expected one data set; train on several by merging their captions"
+            )
         return value[0]
     if key == "checkpoint" and isinstance(value, str):  # Sacred leaves "[a.ckpt, b.ckpt]" a string: no quotes inside
         inner = value.strip()
@@ -212,7 +216,9 @@ def _keywords(key: str, text: str) -> dict[str, Any]:
             raise ValueError("an argument without a name")
         return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{key}={text!r}: expected arguments as in a call, such as 'depths=[1, 2], dims=[8, 16]'") from error
+        raise UserError(
+            f"{key}={text!r}: expected arguments as in a call, such as 'depths=[1, 2], dims=[8, 16]'"
+        ) from error
 
 
 def _is(kind: type, value: Any) -> bool:
@@ -222,7 +228,10 @@ def _is(kind: type, value: Any) -> bool:
 
 def _range(rule: Mapping[str, Any]) -> str:
     low = f"above {rule['low']:g}" if rule["above"] else f"from {rule['low']:g}"
-    parts = [low if math.isfinite(rule["low"]) else "", f"up to {rule['high']:g}" if math.isfinite(rule["high"]) else ""]
+    parts = [
+        low if math.isfinite(rule["low"]) else "",
+        f"up to {rule['high']:g}" if math.isfinite(rule["high"]) else "",
+    ]
     return " ".join(part for part in parts if part) or "that is finite"
 
 

@@ -21,6 +21,8 @@ ROOMS = [
     "hacan.foreign",
     "hacan.checkpoints",
     "hacan.export",
+    "hacan.gathering",
+    "hacan.callbacks",
     "hacan.training",
     "hacan.retrieval",
     "hacan.report",
