@@ -17,7 +17,7 @@ from hacan.types import EncodedTexts
 
 
 class _Gather(torch.autograd.Function):
-    """[B, ...] of each process -> [P*B, ...], in the order of the ranks; backward: the sum of all gradients, own rows."""
+    """[B, ...] of each process -> [P*B, ...] by rank; backward: the sum of all processes' gradients, own rows."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:

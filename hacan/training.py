@@ -90,7 +90,7 @@ class Training(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     def learning_rate_of(self, epoch: int) -> float:
-        """x `lr_decay` every `lr_decay_every` epochs (METHOD 5). A scheduler object would be one more state to resume."""
+        """Times `lr_decay` every `lr_decay_every` epochs (METHOD 5); a scheduler would be one more state to resume."""
         return self.learning_rate * self.lr_decay ** (epoch // self.lr_decay_every)
 
     def global_loss_of(self, epoch: int) -> str:
@@ -122,8 +122,8 @@ class Training(pl.LightningModule):
         if batch is None:  # every picture of the batch was unreadable, and on_bad_image=skip
             if self.trainer.world_size > 1:
                 raise UserError(
-                    f"epoch {self.current_epoch}, batch {batch_idx}: a process has no readable picture in its part of the "
-                    "batch, and the others would wait for it; run scripts/check_data.py --decode and mend the pictures"
+                    f"epoch {self.current_epoch}, batch {batch_idx}: a process has no readable picture in its part of "
+                    "the batch, and the others would wait for it; find the pictures with scripts/check_data.py --decode"
                 )
             return None
         images = self.model.encode_images(batch.images)
@@ -189,8 +189,8 @@ class Training(pl.LightningModule):
         self._plateau_steps = self._plateau_steps + 1 if on_it else 0
         if self._plateau_steps == PLATEAU_STEPS:
             log.warning(
-                "the triplet loss has been at 2 * margin = %g a pair for %d steps: all fine scores are equal (collapse). "
-                "Lower learning_rate, or start with all_negatives_epochs=1 or warmup_epochs=1",
+                "the triplet loss has been at 2 * margin = %g a pair for %d steps: all fine scores are equal "
+                "(collapse). Lower learning_rate, or start with all_negatives_epochs=1 or warmup_epochs=1",
                 plateau,
                 PLATEAU_STEPS,
             )

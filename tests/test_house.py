@@ -24,6 +24,7 @@ ROOMS = [
     "hacan.gathering",
     "hacan.callbacks",
     "hacan.training",
+    "hacan.trainer",
     "hacan.retrieval",
     "hacan.report",
     "hacan.search",

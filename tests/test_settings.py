@@ -17,7 +17,7 @@ NAMED = ("coco_config", "f8k_config", "revised_config", "demo_config")
 def flat(*named, **updates):
     """The flat config that Sacred would hand to run.py."""
     run = ex._create_run("print_config", config_updates={"data_root": "/data", **updates}, named_configs=named)
-    return {key: value for key, value in run.config.items()}
+    return dict(run.config.items())
 
 
 @pytest.fixture(scope="module")
