@@ -1,0 +1,121 @@
+"""Weights files: reading them safely, and loading them with a check that names the file, the keys and the shapes."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hacan.errors import UserError
+
+# What checkpoints of this field call the weights inside, the one that is used first.
+CONTAINERS = ("state_dict", "model", "model_state_dict", "module", "model_ema", "net")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """What a .safetensors, .pth, .pt, .bin or .ckpt file holds.
+
+    Pickles are read with `weights_only=True`: tensors and plain values, no code. `trust` reads any pickle, which can
+    run code of whoever wrote it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights file {path} is missing" if not path.exists() else f"{path} is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+            raise UserError(f"{path} is broken or no weights file: {_first_line(error)}") from error
+        raise UserError(
+            f"{path} is a pickle of more than tensors ({_wanted(error)}), which could run code: not read. If you trust "
+            "whoever wrote it, add trust_checkpoint=True"
+        ) from error
+    except (EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is broken, truncated or no weights file: {_first_line(error)}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors (a state dict)")
+    return dict(content)
+
+
+def read_state(path: str | Path, *, trust: bool = False) -> dict[str, Tensor]:
+    """The state dict of a weights file, or of the weights file(s) in a Hugging Face folder."""
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, trust=trust)
+    return tensors_of(read_file(path, trust=trust), source=path)
+
+
+def tensors_of(content: Mapping[str, Any], *, source: str | Path) -> dict[str, Tensor]:
+    """The tensors of what a file holds: those of the container inside it (`state_dict`, `model`, ...) or its own."""
+    for name in CONTAINERS:
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{source} holds no tensors; its keys are {_some(list(content))}")
+    if all(key.startswith("module.") for key in state):  # what DataParallel adds
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def load_exactly(
+    module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path, optional: str = ""
+) -> list[str]:
+    """Load `state` into `module`; missing keys and other shapes raise a UserError that names the file.
+
+    Keys that the module has no place for are left out. Keys that start with `optional` may be missing. Returns those.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    lacking = [key for key in missing if not (optional and key.startswith(optional))]
+    if lacking:
+        raise UserError(
+            f"{source} lacks {len(lacking)} of the {len(own)} tensors of {type(module).__name__}: {_some(lacking)}; "
+            f"its own keys are {_some(list(state))}. These weights belong to another architecture"
+        )
+    wrong = [
+        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise UserError(f"{source} has {len(wrong)} tensors of another shape: {'; '.join(wrong[:3])}")
+    module.load_state_dict({key: state.get(key, own[key]) for key in own})
+    return missing
+
+
+def _read_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
+    for name in FOLDER_FILES:
+        if (folder / name).is_file():
+            return read_state(folder / name, trust=trust)
+        index = folder / f"{name}.index.json"
+        if index.is_file():  # weights cut into several files
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return {key: value for file in files for key, value in read_state(folder / file, trust=trust).items()}
+    raise UserError(f"{folder} has no weights: expected one of {', '.join(FOLDER_FILES)} in it")
+
+
+def _some(keys: list[Any], count: int = 3) -> str:
+    """The first keys, and how many more there are."""
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(str(key) for key in keys[:count]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _wanted(error: Exception) -> str:
+    """What the pickle asked for, from PyTorch's long message."""
+    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    return lines[0][:200] if lines else _first_line(error)
