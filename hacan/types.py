@@ -67,3 +67,21 @@ class RetrievalResult(NamedTuple):
     ranks_t2i: Tensor  # [M] float64: rank of the image of caption j
     top_i2t: Tensor  # [N, K] int64: texts of the shortlist of image i, best first
     top_t2i: Tensor  # [M, K] int64: images of the shortlist of text j, best first
+
+
+class RetrievalMetrics(NamedTuple):
+    """Metrics of one ranking. Recalls in percent; median and mean rank count from 1, as papers print them."""
+
+    r1_i2t: float  # R@1, image to text
+    r5_i2t: float
+    r10_i2t: float
+    r1_t2i: float  # R@1, text to image
+    r5_t2i: float
+    r10_t2i: float
+    rsum: float  # the sum of the six recalls, 0 to 600
+    median_i2t: float  # inf when at least half of the queries miss the shortlist
+    median_t2i: float
+    mean_i2t: float  # over the queries that have a rank; inf when none has
+    mean_t2i: float
+    missed_i2t: float  # percent of queries without a correct item in the shortlist
+    missed_t2i: float

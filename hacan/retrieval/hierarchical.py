@@ -1,0 +1,269 @@
+"""Hierarchical inference (METHOD section 6): coarse scores, the top K of them, fine scores of those only.
+
+One rule orders everything: higher scores first; among equal scores wrong items before correct ones, so that a tie
+counts against us, at the border of the shortlist too; among equals of one kind the earlier item first.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hacan.retrieval.metrics import check_scores
+from hacan.types import RetrievalResult
+
+# Images (coarse, fine) and texts handled at a time. Blocks begin at multiples of these whatever the shard, so that a
+# score never depends on the number of processes: a matrix product may round differently when its shape differs.
+COARSE_IMAGES = 256
+TEXTS = 4096
+FINE_IMAGES = 16
+
+
+class Shortlists(NamedTuple):
+    """The coarse stage's answer for a gallery of N images and M texts: the best K items of every query, best first."""
+
+    texts: Tensor  # [N, K] int64, texts of the shortlist of each image
+    texts_coarse: Tensor  # [N, K] float32, their coarse scores
+    images: Tensor  # [M, K] int64, images of the shortlist of each text
+    images_coarse: Tensor  # [M, K] float32
+
+
+def rank_shortlists(coarse: Tensor, fine: Tensor, image_of_text: Tensor, *, top_k: int) -> RetrievalResult:
+    """Ranks of coarse-to-fine retrieval from full score matrices, both ways.
+
+    coarse, fine [N, M] image by text, image_of_text [M]; ranks from 0 as float64, inf where no correct item is in the
+    shortlist. K beyond the gallery is the gallery; then the ranks are those of brute force on `fine`, ties included.
+    """
+    image_of_text, coarse, fine = image_of_text.cpu(), _wide(coarse), _wide(fine)
+    _check_gallery(coarse.shape, image_of_text, top_k)
+    if fine.shape != coarse.shape:
+        raise ValueError(f"fine is {tuple(fine.shape)} and coarse {tuple(coarse.shape)}; pass scores of the same pairs")
+    check_scores("coarse", coarse)
+    check_scores("fine", fine)
+    lists = shortlists(lambda rows: coarse[rows], image_of_text, images=len(coarse), top_k=top_k, progress=False)
+    return rank_by_fine(lists, fine.gather(1, lists.texts), fine.T.gather(1, lists.images), image_of_text)
+
+
+def shortlists(
+    coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, images: int, top_k: int, progress: bool = True
+) -> Shortlists:
+    """The best K texts of every image and the best K images of every text, by the coarse score.
+
+    coarse(rows) gives the scores [n, M] of a slice of the images against all texts: it is asked for every image once, a
+    block at a time, and the [N, M] matrix is never held. image_of_text [M]; K beyond the gallery is the gallery.
+    """
+    texts = len(image_of_text)
+    _check_gallery((images, texts), image_of_text, top_k)
+    k_texts, k_images = min(top_k, texts), min(top_k, images)
+    of_images: list[tuple[Tensor, Tensor]] = []
+    # The running best images of every text, in parts of some texts. Blocks arrive in the order of the images, so that
+    # the place in [running best, block] keeps the order of equals.
+    of_texts = [
+        (torch.empty(len(part), 0, dtype=torch.int64), torch.empty(len(part), 0)) for part in image_of_text.split(TEXTS)
+    ]
+    bar = tqdm(total=images, desc="coarse", unit="image", delay=2, disable=not progress)
+    for rows in _blocks(images, COARSE_IMAGES):
+        scores = coarse(rows)
+        if scores.shape != (rows.stop - rows.start, texts):
+            raise ValueError(
+                f"coarse gave {tuple(scores.shape)} for images {rows.start}:{rows.stop}; expected "
+                f"{(rows.stop - rows.start, texts)}, one row per image and one column per text"
+            )
+        check_scores("coarse", scores)
+        scores = _wide(scores)
+        block = torch.arange(rows.start, rows.stop)
+        top = best_places(scores, block[:, None] == image_of_text[None, :], k_texts)
+        of_images.append((top, scores.gather(1, top)))
+        for part, (columns, owners) in enumerate(zip(scores.T.split(TEXTS), image_of_text.split(TEXTS), strict=True)):
+            candidates = torch.cat([of_texts[part][0], block.expand(len(owners), -1)], 1)
+            values = torch.cat([of_texts[part][1], columns], 1)
+            top = best_places(values, candidates == owners[:, None], min(k_images, candidates.shape[1]))
+            of_texts[part] = candidates.gather(1, top), values.gather(1, top)
+        bar.update(len(block))
+    bar.close()
+    return Shortlists(*map(torch.cat, zip(*of_images, strict=True)), *map(torch.cat, zip(*of_texts, strict=True)))
+
+
+def rank_by_fine(lists: Shortlists, fine_texts: Tensor, fine_images: Tensor, image_of_text: Tensor) -> RetrievalResult:
+    """Ranks within the shortlists by the fine scores of their entries, fine_texts [N, K] and fine_images [M, K]."""
+    check_scores("fine", fine_texts)
+    check_scores("fine", fine_images)
+    owners = torch.arange(len(lists.texts))[:, None]
+    ranks_i2t, top_i2t = _rerank(lists.texts, fine_texts, image_of_text[lists.texts] == owners)
+    ranks_t2i, top_t2i = _rerank(lists.images, fine_images, lists.images == image_of_text[:, None])
+    return RetrievalResult(ranks_i2t, ranks_t2i, top_i2t, top_t2i)
+
+
+def best_places(scores: Tensor, correct: Tensor, k: int) -> Tensor:
+    """Places of the k best items of every row, best first: high scores, then wrong items, then early places.
+
+    scores [Q, G], correct [Q, G] bool; [Q, k] int64.
+    """
+    if k >= scores.shape[1]:
+        return _ordered(scores, correct)[:, :k]
+    top = scores.topk(k, sorted=True)
+    # topk picks any of those that tie at the border; where some of them had to stay outside, the rule picks.
+    crowded = (scores >= top.values[:, -1:]).sum(1) > k
+    places = top.indices.sort(1).values
+    places = places.gather(1, _ordered(scores.gather(1, places), correct.gather(1, places)))
+    if bool(crowded.any()):
+        places[crowded] = _ordered(scores[crowded], correct[crowded])[:, :k]
+    return places
+
+
+def _ordered(scores: Tensor, correct: Tensor) -> Tensor:
+    """All places of every row in the order of the rule: two stable sorts, the second key first."""
+    by_kind = correct.to(torch.uint8).sort(dim=1, stable=True).indices
+    by_score = scores.gather(1, by_kind).sort(dim=1, descending=True, stable=True).indices
+    return by_kind.gather(1, by_score)
+
+
+def _rerank(items: Tensor, fine: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of the first correct item of every row, and the items in the order of their fine scores."""
+    order = _ordered(_wide(fine), correct)
+    hit = correct.gather(1, order)
+    ranks = hit.to(torch.uint8).argmax(1).double().masked_fill(~hit.any(1), torch.inf)
+    return ranks, items.gather(1, order)
+
+
+class HierarchicalRetriever:
+    """Coarse scores of everything, fine scores of the shortlists only, each listed pair once, in one or more processes.
+
+    It knows no model: `coarse(rows) -> [n, M]` scores a slice of the images against all texts, and
+    `score_pairs(pairs [P, 2]) -> [P]` scores listed pairs (image, text), sorted by image. A pair in the shortlist of
+    its image and of its text is scored once.
+
+    add_coarse: fine = coarse + score_pairs, as in the first release (METHOD section 6, coarse="release").
+
+    With several processes every one calls `shortlists()` (the same everywhere) and `fine_shard(...)`; the shards, put
+    together by `merge_shards`, give exactly the scores of one process, because blocks of pairs are cut the same way.
+    """
+
+    def __init__(
+        self,
+        coarse: Callable[[slice], Tensor],
+        score_pairs: Callable[[Tensor], Tensor],
+        image_of_text: Tensor,
+        *,
+        images: int,
+        top_k: int,
+        add_coarse: bool = False,
+        progress: bool = True,
+    ) -> None:
+        _check_gallery((images, len(image_of_text)), image_of_text, top_k)
+        self._coarse, self._score_pairs = coarse, score_pairs
+        self._image_of_text, self._images, self._top_k = image_of_text, images, top_k
+        self._add_coarse, self._progress = add_coarse, progress
+
+    def __call__(self) -> RetrievalResult:
+        """Both stages in this process alone."""
+        lists = self.shortlists()
+        pairs = listed_pairs(lists)
+        return self.rank(lists, pairs, merge_shards(pairs, [self.fine_shard(pairs)]))
+
+    def shortlists(self) -> Shortlists:
+        """The coarse stage over the whole gallery."""
+        return shortlists(
+            self._coarse, self._image_of_text, images=self._images, top_k=self._top_k, progress=self._progress
+        )
+
+    def fine_shard(self, pairs: Tensor, *, rank: int = 0, world_size: int = 1) -> Tensor:
+        """Scores of the pairs that process `rank` of `world_size` answers for, in the order of `pairs`."""
+        parts = [self._scored(pairs[rows]) for rows in _shard_blocks(pairs, rank, world_size, progress=self._progress)]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def rank(self, lists: Shortlists, pairs: Tensor, scores: Tensor) -> RetrievalResult:
+        """Ranks from the merged scores [P] of `pairs`."""
+        texts = len(self._image_of_text)
+        keys = pairs[:, 0] * texts + pairs[:, 1]
+        of_images = torch.arange(len(lists.texts))[:, None] * texts + lists.texts
+        of_texts = lists.images * texts + torch.arange(texts)[:, None]
+        fine_texts = scores[torch.searchsorted(keys, of_images)]
+        fine_images = scores[torch.searchsorted(keys, of_texts)]
+        if self._add_coarse:
+            fine_texts, fine_images = fine_texts + lists.texts_coarse, fine_images + lists.images_coarse
+        return rank_by_fine(lists, fine_texts, fine_images, self._image_of_text)
+
+    def _scored(self, pairs: Tensor) -> Tensor:
+        scores = self._score_pairs(pairs)
+        if scores.shape != (len(pairs),):
+            raise ValueError(f"score_pairs gave {tuple(scores.shape)} for {len(pairs)} pairs; expected one score each")
+        check_scores("fine", scores[None])
+        return _wide(scores)
+
+
+def listed_pairs(lists: Shortlists) -> Tensor:
+    """Every (image, text) pair of the shortlists of both directions once, sorted by image, then text: [P, 2] int64."""
+    images, texts = len(lists.texts), len(lists.images)
+    of_images = torch.arange(images)[:, None] * texts + lists.texts
+    of_texts = lists.images * texts + torch.arange(texts)[:, None]
+    keys = torch.cat([of_images.flatten(), of_texts.flatten()]).unique()
+    return torch.stack([keys // texts, keys % texts], 1)
+
+
+def merge_shards(pairs: Tensor, shards: list[Tensor]) -> Tensor:
+    """Scores [P] of all pairs from the shards of all processes, in the order of their ranks."""
+    scores = torch.full((len(pairs),), torch.nan, dtype=torch.cat(shards).dtype)
+    for rank, shard in enumerate(shards):
+        blocks = list(_shard_blocks(pairs, rank, len(shards), progress=False))
+        places = torch.cat([torch.arange(rows.start, rows.stop) for rows in blocks]) if blocks else pairs[:0, 0]
+        if len(places) != len(shard):
+            raise ValueError(
+                f"shard {rank} of {len(shards)} holds {len(shard)} scores for {len(places)} pairs; pass the shards of "
+                "every process, in the order of their ranks, made from the same pairs"
+            )
+        scores[places] = shard
+    return scores
+
+
+def _shard_blocks(pairs: Tensor, rank: int, world_size: int, *, progress: bool) -> Iterator[slice]:
+    """Slices of `pairs` for one process: every world_size-th block of FINE_IMAGES images, empty ones left out."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} of world_size {world_size}; pass 0 <= rank < world_size")
+    block_of_pair = pairs[:, 0] // FINE_IMAGES
+    blocks = int(block_of_pair[-1]) + 1 if len(pairs) else 0
+    bounds = torch.searchsorted(block_of_pair, torch.arange(blocks + 1)).tolist()
+    mine = [slice(bounds[block], bounds[block + 1]) for block in range(rank, blocks, world_size)]
+    bar = tqdm(
+        total=sum(rows.stop - rows.start for rows in mine),
+        desc="fine",
+        unit="pair",
+        unit_scale=True,
+        delay=2,
+        disable=not progress,
+    )
+    for rows in mine:
+        if rows.stop > rows.start:
+            yield rows
+            bar.update(rows.stop - rows.start)
+    bar.close()
+
+
+def _wide(scores: Tensor) -> Tensor:
+    """Scores on the CPU, where rankings are made, in at least float32."""
+    scores = scores.cpu()
+    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+
+
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _check_gallery(shape: tuple[int, ...], image_of_text: Tensor, top_k: int) -> None:
+    if len(shape) != 2 or shape[1] != len(image_of_text):
+        raise ValueError(
+            f"image_of_text has {len(image_of_text)} entries but scores are {tuple(shape)}; pass one image index per "
+            "caption, and scores [image, text]"
+        )
+    if 0 in shape:
+        raise ValueError(f"the gallery has {shape[0]} images and {shape[1]} texts; pass at least one of each")
+    if int(image_of_text.min()) < 0 or int(image_of_text.max()) >= shape[0]:
+        raise ValueError(
+            f"image_of_text holds {int(image_of_text.min())} to {int(image_of_text.max())} for {shape[0]} images; pass "
+            "indices of rows"
+        )
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; pass at least 1")
