@@ -1,0 +1,146 @@
+"""The one data module: data sets differ in their records, not in classes."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.evaluation_data import EvaluationImages, EvaluationSplit, EvaluationTexts
+from datamodules.records import CaptionedImage, of_split
+from datamodules.sampling import TrainingOrder
+from datamodules.tokens import TokenTable, tokenise
+from datamodules.training_data import TrainingLoader, TrainingPairs
+from datamodules.transforms import PHOTOS, Framing, evaluation_transform, training_transform
+from hacan.errors import UserError
+
+
+class PairDataModule(pl.LightningDataModule):
+    """Training batches of image-caption pairs, and splits for evaluation, from any records.
+
+    `batch_size` counts the pairs of an optimiser step over all processes, `per_gpu_batchsize` those of one forward
+    pass of one process. `progress`: show bars while captions are tokenised.
+    """
+
+    def __init__(
+        self,
+        *,
+        records: Iterable[CaptionedImage],
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        max_text_len: int,
+        batch_size: int,
+        per_gpu_batchsize: int,
+        num_workers: int,
+        seed: int,
+        on_bad_image: str = "error",
+        framing: Framing = PHOTOS,
+        eval_batch_size: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image={on_bad_image!r}; expected error or skip")
+        self._records = list(records)
+        self._tokenizer, self._max_text_len = tokenizer, max_text_len
+        self._image_size, self._framing = image_size, framing
+        self._batch_size, self._per_gpu_batchsize = batch_size, per_gpu_batchsize
+        self._eval_batch_size = eval_batch_size or per_gpu_batchsize
+        self._num_workers, self._seed, self._on_bad_image = num_workers, seed, on_bad_image
+        self._progress = progress
+        self._splits: dict[str, tuple[EvaluationSplit, TokenTable]] = {}
+        self._training: TrainingLoader | None = None
+        self._position = (0, 0)
+
+    # training
+
+    def train_dataloader(self) -> TrainingLoader:
+        """The training batches of this process (Lightning's trainer, where there is one, says which it is)."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self._training = self.training_loader(rank=rank, world_size=world_size)
+        self._training.sampler.set_position(*self._position)
+        return self._training
+
+    def training_loader(self, *, rank: int = 0, world_size: int = 1) -> TrainingLoader:
+        """The training batches of process `rank` of `world_size`, from the first epoch on."""
+        split, tokens = self._split("train")
+        if not len(tokens):
+            raise UserError("the train split has images but not one caption: nothing to train on")
+        if len(tokens) < world_size:
+            raise UserError(
+                f"the train split has {len(tokens)} pair(s) for {world_size} processes: use fewer (num_gpus)"
+            )
+        pairs = TrainingPairs(
+            paths=np.array(split.paths, dtype=np.str_),
+            image_ids=np.array(split.image_ids, dtype=np.int64),
+            image_of_text=split.image_of_text.numpy(),
+            tokens=tokens,
+            transform=training_transform(self._image_size, self._framing),
+            seed=self._seed,
+        )
+        order = TrainingOrder(
+            n_pairs=len(tokens),
+            batch_size=self._batch_size,
+            per_gpu_batchsize=self._per_gpu_batchsize,
+            seed=self._seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        return TrainingLoader(
+            pairs,
+            order,
+            padding_id=tokens.padding_id,
+            num_workers=self._num_workers,
+            on_bad_image=self._on_bad_image,
+        )
+
+    def set_progress(self, epoch: int, batch: int) -> None:
+        """Start training at batch `batch` (counted per process, from 0) of epoch `epoch`; call it before `fit`."""
+        self._position = (epoch, batch)
+        if self._training is not None:
+            self._training.sampler.set_position(epoch, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning puts this into checkpoints: where the next training batch lies."""
+        if self._training is not None:
+            return self._training.state_dict()
+        return {"epoch": self._position[0], "batch": self._position[1]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning calls this with what `state_dict` gave, before it asks for the loader."""
+        self.set_progress(state_dict["epoch"], state_dict["batch"])
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Unreadable pictures that the running epoch has left out: path and reason."""
+        return self._training.skipped if self._training is not None else {}
+
+    # evaluation
+
+    def eval_split(self, name: str) -> EvaluationSplit:
+        """Paths, captions and ground truth of a split."""
+        return self._split(name)[0]
+
+    def eval_images(self, name: str, rows: Sequence[int] | None = None) -> EvaluationImages:
+        """Pixels of a split, each picture once; `rows`: only these images (a shard)."""
+        split, _ = self._split(name)
+        return EvaluationImages(
+            split.paths,
+            range(len(split.paths)) if rows is None else rows,
+            transform=evaluation_transform(self._image_size, self._framing),
+            batch_size=self._eval_batch_size,
+            num_workers=self._num_workers,
+        )
+
+    def eval_texts(self, name: str, rows: Sequence[int] | None = None) -> EvaluationTexts:
+        """Tokens of a split, each caption once, short ones first; `rows`: only these captions (a shard)."""
+        _, tokens = self._split(name)
+        return EvaluationTexts(tokens, range(len(tokens)) if rows is None else rows, batch_size=self._eval_batch_size)
+
+    def _split(self, name: str) -> tuple[EvaluationSplit, TokenTable]:
+        if name not in self._splits:
+            split = EvaluationSplit.of_records(name, of_split(self._records, name))
+            tokens = tokenise(split.captions, self._tokenizer, max_text_len=self._max_text_len, progress=self._progress)
+            self._splits[name] = (split, tokens)
+        return self._splits[name]

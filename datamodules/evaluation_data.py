@@ -1,0 +1,108 @@
+"""The evaluation side: a split whose pictures and captions are each handed out exactly once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.collate import BadPicture, pad_tokens
+from datamodules.pictures import read_picture
+from datamodules.records import CaptionedImage
+from datamodules.tokens import TokenTable
+from datamodules.training_data import quiet_worker, workers_watched
+from datamodules.transforms import Transform, normalise
+from hacan.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluationSplit:
+    """N images and their M captions, in the order of the records."""
+
+    name: str
+    paths: tuple[str, ...]  # N
+    image_ids: tuple[int, ...]  # N
+    captions: tuple[str, ...]  # M
+    image_of_text: Tensor  # [M] int64: the row in `paths` that caption j belongs to
+
+    @classmethod
+    def of_records(cls, name: str, records: Sequence[CaptionedImage]) -> "EvaluationSplit":
+        """The records of one split, flattened."""
+        counts = torch.tensor([len(record.captions) for record in records], dtype=torch.int64)
+        return cls(
+            name=name,
+            paths=tuple(str(record.path) for record in records),
+            image_ids=tuple(record.image_id for record in records),
+            captions=tuple(caption for record in records for caption in record.captions),
+            image_of_text=torch.repeat_interleave(torch.arange(len(records)), counts),
+        )
+
+
+class EvaluationImages:
+    """Batches (rows [B] int64, pixels [B, 3, H, W]) of the images `rows`; an unreadable picture is always an error."""
+
+    def __init__(
+        self, paths: Sequence[str], rows: Sequence[int], *, transform: Transform, batch_size: int, num_workers: int
+    ) -> None:
+        self._num_workers = num_workers
+        self._loader = DataLoader(
+            _Pictures(np.array([paths[row] for row in rows], dtype=np.str_), list(rows), transform),
+            batch_size=batch_size,
+            collate_fn=_stack,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=quiet_worker,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows, pixels, bad in workers_watched(self._loader, self._num_workers):
+            if bad:
+                raise UserError(f"{bad[0].reason}; an evaluation needs every picture of its split")
+            yield rows, pixels
+
+
+class EvaluationTexts:
+    """Batches (rows [B] int64, token ids [B, W], mask [B, W]) of the captions `rows`, short ones first.
+
+    Captions of one length meet in one batch, so that hardly any padding is encoded.
+    """
+
+    def __init__(self, tokens: TokenTable, rows: Sequence[int], *, batch_size: int) -> None:
+        rows = np.asarray(rows, np.int64)
+        self._rows = rows[np.argsort(tokens.lengths[rows], kind="stable")]
+        self._tokens, self._batch_size = tokens, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for start in range(0, len(self._rows), self._batch_size):
+            rows = self._rows[start : start + self._batch_size]
+            token_ids, mask = pad_tokens([self._tokens[row] for row in rows], self._tokens.padding_id)
+            yield torch.from_numpy(rows), token_ids, mask
+
+
+class _Pictures(Dataset):
+    def __init__(self, paths: np.ndarray, rows: list[int], transform: Transform) -> None:
+        self._paths, self._rows, self._transform = paths, rows, transform
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | BadPicture]:
+        path = str(self._paths[position])
+        try:
+            return self._rows[position], self._transform(read_picture(path))
+        except UserError as error:
+            return self._rows[position], BadPicture(path, str(error))
+
+
+def _stack(items: list[tuple[int, Tensor | BadPicture]]) -> tuple[Tensor, Tensor | None, list[BadPicture]]:
+    rows = torch.tensor([row for row, _ in items], dtype=torch.int64)
+    bad = [item for _, item in items if isinstance(item, BadPicture)]
+    return rows, None if bad else normalise(torch.stack([pixels for _, pixels in items])), bad

@@ -1,0 +1,147 @@
+"""The training side: (epoch, pair) to pixels and tokens, and the loader that Lightning iterates."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.collate import BadPicture, Pair, PairCollator
+from datamodules.pictures import read_picture
+from datamodules.sampling import TrainingOrder, derived_seed
+from datamodules.tokens import TokenTable
+from datamodules.transforms import Transform
+from hacan.errors import UserError
+from hacan.types import PairBatch
+
+log = logging.getLogger(__name__)
+
+
+class TrainingPairs(Dataset):
+    """One item for each image and caption of the split; the key (epoch, pair) seeds its augmentation."""
+
+    def __init__(
+        self,
+        *,
+        paths: np.ndarray,
+        image_ids: np.ndarray,
+        image_of_text: np.ndarray,
+        tokens: TokenTable,
+        transform: Transform,
+        seed: int,
+    ) -> None:
+        # arrays, not lists: worker processes share their pages as long as no reference count is touched
+        self._paths, self._image_ids, self._image_of_text = paths, image_ids, image_of_text
+        self._tokens, self._transform, self._seed = tokens, transform, seed
+
+    def __len__(self) -> int:
+        return len(self._image_of_text)
+
+    def __getitem__(self, key: tuple[int, int]) -> Pair | BadPicture:
+        """The pair as augmented in that epoch; the same in every process and after every resume."""
+        epoch, caption = key
+        image = int(self._image_of_text[caption])
+        path = str(self._paths[image])
+        try:
+            picture = read_picture(path)
+        except UserError as error:
+            return BadPicture(path, str(error))
+        with seeded(derived_seed(self._seed, epoch, caption)):
+            pixels = self._transform(picture)
+        return Pair(pixels, self._tokens[caption], int(self._image_ids[image]), caption)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global CPU generator seeded inside, as it was outside; a GPU's is left alone."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+class TrainingLoader:
+    """Batches of one process, from `order`'s position on.
+
+    Not a torch DataLoader but around one: it counts what was handed out (not what workers have prefetched), keeps count
+    of the unreadable pictures, and says in one line when a worker has died. `len()` is the whole epoch's.
+    """
+
+    def __init__(
+        self, pairs: TrainingPairs, order: TrainingOrder, *, padding_id: int, num_workers: int, on_bad_image: str
+    ) -> None:
+        self.sampler = order  # the name by which Lightning finds set_epoch
+        self._on_bad_image, self._num_workers = on_bad_image, num_workers
+        self.skipped: dict[str, str] = {}  # path -> reason, of the epoch that runs
+        self._loader = DataLoader(
+            pairs,
+            batch_sampler=order,
+            collate_fn=PairCollator(padding_id=padding_id),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=quiet_worker,
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        """The rest of the epoch. Nothing is fetched, and no position read, before the first `next`."""
+        self.skipped = {}
+        position = self.sampler.next_batch
+        epoch = self.sampler.epoch
+        for batch, bad in workers_watched(self._loader, self._num_workers):
+            position += 1
+            self._note_bad(bad, nothing_left=batch is None)
+            if position == len(self):
+                self._report_skipped(epoch)
+            self.sampler.set_position(epoch, position)
+            yield batch
+
+    def _note_bad(self, bad: list[BadPicture], *, nothing_left: bool) -> None:
+        if bad and self._on_bad_image == "error":
+            raise UserError(f"{bad[0].reason}; on_bad_image=skip trains without such pictures")
+        self.skipped.update({picture.path: picture.reason for picture in bad})
+        if nothing_left:
+            raise UserError(
+                f"a batch has no readable picture left: {bad[0].reason}; run scripts/check_data.py --decode"
+            )
+
+    def _report_skipped(self, epoch: int) -> None:
+        if self.skipped:
+            first = next(iter(self.skipped.values()))
+            log.warning("epoch %d: %d unreadable picture(s) left out, the first: %s", epoch, len(self.skipped), first)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch lies: what was handed out counts as done."""
+        return {"epoch": self.sampler.epoch, "batch": self.sampler.next_batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.sampler.set_position(state["epoch"], state["batch"])
+
+
+def quiet_worker(_: int) -> None:
+    """One thread per worker: OpenCV's thread pool does not survive a fork, and the workers are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+def workers_watched(loader: DataLoader, num_workers: int) -> Iterator[Any]:
+    """What `loader` yields; a worker that died is one line for a person."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that decodes pictures died ({' '.join(str(error).split())}); most often memory, or /dev/shm, "
+            f"is full: try fewer than num_workers={num_workers}"
+        ) from error
