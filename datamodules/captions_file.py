@@ -1,0 +1,127 @@
+"""People's own data: `captions.csv` or `captions.jsonl` of image, caption and maybe split, beside the pictures."""
+
+import csv
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from datamodules.folders import check_pictures, check_root, first_file, safe_path
+from datamodules.json_files import caption_of, expect, member, parse_json
+from datamodules.records import SPLITS, CaptionedImage
+from hacan.errors import UserError
+
+log = logging.getLogger(__name__)
+
+NAMES = ("captions.csv", "captions.jsonl")
+SHARES = {"test": 0.1, "val": 0.1}  # of the images, where the file says nothing; all others are train
+
+
+class Row(NamedTuple):
+    """One line of the file."""
+
+    image: str
+    caption: str
+    split: str | None  # None: the file does not say
+    place: str  # for errors
+
+
+def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[CaptionedImage]:
+    """Records of `data_root/captions.csv` or `.jsonl`; several rows of one image are several captions.
+
+    Image names are relative to `data_root/images` where that folder is, otherwise to `data_root`. Without a split the
+    image's name decides: a hash of it puts 10% into test, 10% into val, and stays so when pictures are added.
+    """
+    check_root(data_root)
+    path = first_file([data_root / name for name in NAMES], what="the captions file")
+    rows = list(_csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path))
+    if not rows:
+        raise UserError(f"{path} has no captions")
+    pictures = data_root / "images" if (data_root / "images").is_dir() else data_root
+    records = group_rows(rows, pictures)
+    if all(row.split is None for row in rows):
+        counts = {split: sum(record.split == split for record in records) for split in SPLITS}
+        log.warning("%s names no splits: a hash of each image's name puts it into one, %s", path, counts)
+    if check_files:
+        check_pictures((record.path for record in records), listed_in=path)
+    return records
+
+
+def group_rows(rows: list[Row], pictures: Path) -> list[CaptionedImage]:
+    """One record for each image, in the order of first mention."""
+    captions: dict[str, list[str]] = {}
+    splits: dict[str, str | None] = {}
+    for row in rows:
+        if row.image not in captions:
+            safe_path(pictures, row.image, where=f"{row.place}, 'image'")
+            captions[row.image], splits[row.image] = [], row.split
+        if row.split is not None and row.split not in SPLITS:
+            raise UserError(f"{row.place}, 'split' is {row.split!r}: expected one of {', '.join(SPLITS)}")
+        if row.split != splits[row.image]:
+            raise UserError(
+                f"{row.place}: {row.image!r} is in the split {row.split!r} here and in {splits[row.image]!r} above; "
+                "an image belongs to one split"
+            )
+        captions[row.image].append(row.caption)
+    return [
+        CaptionedImage(
+            path=pictures / image, captions=tuple(texts), image_id=number, split=splits[image] or split_of_name(image)
+        )
+        for number, (image, texts) in enumerate(captions.items())
+    ]
+
+
+def split_of_name(image: str) -> str:
+    """The split of an image that no file puts into one: by the SHA-256 of its name."""
+    place = int.from_bytes(hashlib.sha256(image.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    for split, share in SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            columns = [name.strip().lower() for name in next(reader, [])]
+            missing = [name for name in ("image", "caption") if name not in columns]
+            if missing:
+                raise UserError(
+                    f"{path} has no column {' and no column '.join(missing)}: its first line is {','.join(columns)!r}, "
+                    "expected image,caption or image,caption,split"
+                )
+            for cells in reader:
+                if not cells:
+                    continue
+                place = f"{path}, line {reader.line_num}"
+                if len(cells) != len(columns):
+                    raise UserError(
+                        f"{place} has {len(cells)} cells, expected {len(columns)} ({', '.join(columns)}); "
+                        'put a caption with commas between double quotes: dog.jpg,"a dog, running"'
+                    )
+                row = dict(zip(columns, cells, strict=True))
+                yield Row(row["image"].strip(), row["caption"], row.get("split", "").strip() or None, place)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: captions may hold other separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON Lines in UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        row = expect(parse_json(line, where=place), dict, where=place)
+        split = row.get("split")
+        yield Row(
+            member(row, "image", str, where=place),
+            caption_of(row, "caption", where=place),
+            None if split is None else expect(split, str, where=f"{place}, 'split'") or None,
+            place,
+        )

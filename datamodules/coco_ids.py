@@ -1,0 +1,107 @@
+"""MS-COCO from its own annotation files, split by lists of annotation ids (METHOD section 7, the `ids` layout)."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from datamodules.folders import check_pictures, check_root, first_folder, safe_path
+from datamodules.json_files import caption_of, member, read_json
+from datamodules.karpathy import COCO, picture_folder
+from datamodules.records import CaptionedImage
+from hacan.errors import UserError
+
+ID_FILES = {"train": "train", "val": "dev", "test": "test"}  # our split -> the name in coco_*_ids.npy
+
+
+class Annotation(NamedTuple):
+    """One caption and the picture it belongs to."""
+
+    image_id: int
+    caption: str
+    path: Path
+
+
+def read_coco_ids(data_root: Path, *, use_restval: bool, check_files: bool = True) -> list[CaptionedImage]:
+    """Records from `annotations/captions_{train,val}2014.json` and `annotations/coco_*_ids.npy`.
+
+    A split lists annotations; an image has those of its captions that are listed, in the order of the list.
+    """
+    check_root(data_root)
+    folder = first_folder([data_root / name for name in COCO.folders], what="the data set's folder")
+    annotations_folder = first_folder([folder / "annotations", data_root / "annotations"], what="COCO's annotations")
+    pictures = picture_folder(folder, COCO)
+    annotations: dict[int, Annotation] = {}
+    for year in ("train2014", "val2014"):
+        path = annotations_folder / f"captions_{year}.json"
+        annotations.update(parse_annotations(read_json(path), pictures / year, where=str(path)))
+    records: list[CaptionedImage] = []
+    owner: dict[int, str] = {}
+    for split, name in ID_FILES.items():
+        names = [name, "restval"] if split == "train" and use_restval else [name]
+        captions: dict[int, list[Annotation]] = {}
+        for name in names:
+            path = annotations_folder / f"coco_{name}_ids.npy"
+            for annotation in _chosen(annotations, path):
+                if owner.setdefault(annotation.image_id, split) != split:
+                    raise UserError(f"{path}: image {annotation.image_id} is in {owner[annotation.image_id]} as well")
+                captions.setdefault(annotation.image_id, []).append(annotation)
+        records.extend(
+            CaptionedImage(
+                path=group[0].path, captions=tuple(one.caption for one in group), image_id=image_id, split=split
+            )
+            for image_id, group in captions.items()
+        )
+    if check_files:
+        check_pictures((record.path for record in records), listed_in=annotations_folder)
+    return records
+
+
+def _chosen(annotations: dict[int, Annotation], path: Path) -> list[Annotation]:
+    chosen = []
+    for annotation_id in read_ids(path):
+        if annotation_id not in annotations:
+            raise UserError(f"{path} lists the annotation {annotation_id}, which no captions file beside it has")
+        chosen.append(annotations[annotation_id])
+    return chosen
+
+
+def read_ids(path: Path) -> list[int]:
+    """The annotation ids of a .npy file; never a pickle, which could run code."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the list of ids {path} not found; a dataset_coco.json in {path.parent.parent} will do as well"
+        ) from error
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise UserError(f"{path} is not an array of ids (.npy): {' '.join(str(error).split())}") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        kind = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise UserError(f"{path} holds {kind}: expected whole numbers in one row, one at least")
+    return ids.tolist()
+
+
+def parse_annotations(content: Any, pictures: Path, *, where: str) -> dict[int, Annotation]:
+    """Captions by annotation id, of a COCO captions file's content."""
+    paths: dict[int, Path] = {}
+    for number, image in enumerate(member(content, "images", list, where=where)):
+        place = f"{where}, images[{number}]"
+        name = member(image, "file_name", str, where=place)
+        paths[_id(image, "id", place)] = safe_path(pictures, name, where=f"{place}, 'file_name'")
+    found: dict[int, Annotation] = {}
+    for number, annotation in enumerate(member(content, "annotations", list, where=where)):
+        place = f"{where}, annotations[{number}]"
+        image_id = _id(annotation, "image_id", place)
+        if image_id not in paths:
+            raise UserError(f"{place}, 'image_id' is {image_id}: there is no such image in this file")
+        caption = caption_of(annotation, "caption", where=place)
+        found[_id(annotation, "id", place)] = Annotation(image_id, caption, paths[image_id])
+    return found
+
+
+def _id(value: Any, key: str, place: str) -> int:
+    number = member(value, key, int, where=place)
+    if not -(2**63) <= number < 2**63:
+        raise UserError(f"{place}, {key!r} is {number}: expected a number of 64 bits")
+    return number

@@ -1,0 +1,90 @@
+"""Karpathy's split files: Flickr30K, Flickr8K, MS-COCO (METHOD section 7)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datamodules.folders import check_pictures, check_root, first_file, first_folder, safe_path
+from datamodules.json_files import caption_of, expect, member, read_json
+from datamodules.records import CaptionedImage
+from hacan.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a data set lies under data_root; the first that is there counts."""
+
+    folders: tuple[str, ...]
+    picture_folders: tuple[str, ...]  # under the folder; "" is the folder itself
+    json_name: str
+
+
+FLICKR30K = Layout(
+    folders=("f30k", "flickr30k"),
+    picture_folders=("images", "flickr30k-images"),
+    json_name="dataset_flickr30k.json",
+)
+FLICKR8K = Layout(folders=("f8k", "flickr8k"), picture_folders=("images",), json_name="dataset_flickr8k.json")
+COCO = Layout(folders=("coco",), picture_folders=("images", ""), json_name="dataset_coco.json")
+
+
+def read_karpathy(
+    data_root: Path, layout: Layout, *, use_restval: bool, check_files: bool = True
+) -> list[CaptionedImage]:
+    """The records of one data set; `use_restval`: restval images are train images, otherwise they are left out."""
+    check_root(data_root)
+    folder = first_folder([data_root / name for name in layout.folders], what="the data set's folder")
+    json_path = first_file([folder / layout.json_name], what="the split file")
+    pictures = picture_folder(folder, layout)
+    records = parse_karpathy(read_json(json_path), pictures, where=str(json_path), use_restval=use_restval)
+    if check_files:
+        check_pictures((record.path for record in records), listed_in=json_path)
+    return records
+
+
+def picture_folder(folder: Path, layout: Layout) -> Path:
+    """The folder that file names in the JSON are relative to. COCO: the one that holds train2014 and val2014."""
+    candidates = [folder / name for name in layout.picture_folders]
+    if "" in layout.picture_folders:  # COCO
+        for candidate in candidates:
+            if (candidate / "train2014").is_dir() or (candidate / "val2014").is_dir():
+                return candidate
+        looked = " or ".join(str(candidate / "{train2014,val2014}") for candidate in candidates)
+        raise UserError(f"the folder of pictures not found: looked for {looked}")
+    return first_folder(candidates, what="the folder of pictures")
+
+
+def parse_karpathy(content: Any, pictures: Path, *, where: str, use_restval: bool) -> list[CaptionedImage]:
+    """Records of a Karpathy file's content; what is not as it should be is a `UserError` with the place."""
+    records: list[CaptionedImage] = []
+    seen: dict[int, str] = {}
+    for number, image in enumerate(member(content, "images", list, where=where)):
+        place = f"{where}, images[{number}]"
+        name = member(image, "filename", str, where=place)
+        split = member(image, "split", str, where=place)
+        if split not in ("train", "restval", "val", "test"):
+            raise UserError(f"{place}, 'split' is {split!r}: expected one of train, restval, val, test")
+        image_id = member(image, "imgid", int, where=place) if "imgid" in image else number
+        if not -(2**63) <= image_id < 2**63:
+            raise UserError(f"{place}, 'imgid' is {image_id}: expected a number of 64 bits")
+        if image_id in seen:
+            raise UserError(f"{place}, 'imgid' {image_id} is that of {seen[image_id]!r} too: expected one per image")
+        seen[image_id] = name
+        folder = pictures / expect(image.get("filepath", ""), str, where=f"{place}, 'filepath'")
+        captions = tuple(
+            caption_of(sentence, "raw", where=f"{place}, sentences[{index}]")
+            for index, sentence in enumerate(member(image, "sentences", list, where=place))
+        )
+        if split == "restval" and not use_restval:
+            continue
+        records.append(
+            CaptionedImage(
+                path=safe_path(folder, name, where=f"{place}, 'filename'"),
+                captions=captions,
+                image_id=image_id,
+                split="train" if split == "restval" else split,
+            )
+        )
+    if not records:
+        raise UserError(f"{where} lists no images")
+    return records

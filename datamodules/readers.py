@@ -1,0 +1,55 @@
+"""The name of a data set to its reader."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from datamodules.captions_file import read_captions_file
+from datamodules.coco_ids import read_coco_ids
+from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, read_karpathy
+from datamodules.records import CaptionedImage
+from datamodules.scene_drawing import DEFAULT_COUNTS, read_scenes
+from datamodules.transforms import PHOTOS, SCENES, Framing
+from hacan.errors import UserError
+
+NAMES = ("f30k", "f8k", "coco", "captions", "scenes")
+
+
+def read_records(
+    datasets: str,
+    data_root: str | Path,
+    *,
+    use_restval: bool = True,
+    scene_counts: Mapping[str, int] = DEFAULT_COUNTS,
+    check_files: bool = True,
+) -> list[CaptionedImage]:
+    """All records of the data set `datasets` under `data_root` (METHOD section 7).
+
+    `check_files`: every picture must be there (not that it can be decoded). `scene_counts`: how many pictures of each
+    split the embedded demo draws. Images without a caption stay: they are distractors in a ranking.
+    """
+    root = Path(data_root).expanduser()
+    if datasets == "f30k":
+        return read_karpathy(root, FLICKR30K, use_restval=use_restval, check_files=check_files)
+    if datasets == "f8k":
+        return read_karpathy(root, FLICKR8K, use_restval=use_restval, check_files=check_files)
+    if datasets == "coco":
+        return _read_coco(root, use_restval=use_restval, check_files=check_files)
+    if datasets == "captions":
+        return read_captions_file(root, check_files=check_files)
+    if datasets == "scenes":
+        return read_scenes(root / "scenes", counts=scene_counts)
+    raise UserError(f"datasets={datasets!r}: expected one of {', '.join(NAMES)}")
+
+
+def framing_of(datasets: str) -> Framing:
+    """How the pictures of a data set are cut to squares."""
+    return SCENES if datasets == "scenes" else PHOTOS
+
+
+def _read_coco(root: Path, *, use_restval: bool, check_files: bool) -> list[CaptionedImage]:
+    """Karpathy's file where it is there, otherwise COCO's annotations with lists of ids."""
+    folder = root / "coco"
+    has_ids = any((place / "annotations").is_dir() for place in (folder, root))
+    if has_ids and not (folder / COCO.json_name).is_file():
+        return read_coco_ids(root, use_restval=use_restval, check_files=check_files)
+    return read_karpathy(root, COCO, use_restval=use_restval, check_files=check_files)
