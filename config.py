@@ -41,6 +41,7 @@ def config() -> None:
     per_gpu_batchsize = 64
     num_workers = 8
     on_bad_image = "error"
+    scenes_pictures = [1000, 100, 200]
 
     # model
     image_encoder = "convnext_base.fb_in22k"

@@ -1,13 +1,13 @@
 """The name of a data set to its reader."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.captions_file import read_captions_file
 from datamodules.coco_ids import read_coco_ids
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, read_karpathy
-from datamodules.records import CaptionedImage
-from datamodules.scene_drawing import DEFAULT_COUNTS, read_scenes
+from datamodules.records import SPLITS, CaptionedImage
+from datamodules.scene_drawing import read_scenes
 from datamodules.transforms import PHOTOS, SCENES, Framing
 from hacan.errors import UserError
 
@@ -19,13 +19,13 @@ def read_records(
     data_root: str | Path,
     *,
     use_restval: bool = True,
-    scene_counts: Mapping[str, int] = DEFAULT_COUNTS,
+    scenes_pictures: Sequence[int] = (1000, 100, 200),
     check_files: bool = True,
 ) -> list[CaptionedImage]:
     """All records of the data set `datasets` under `data_root` (METHOD section 7).
 
-    `check_files`: every picture must be there (not that it can be decoded). `scene_counts`: how many pictures of each
-    split the embedded demo draws. Images without a caption stay: they are distractors in a ranking.
+    `check_files`: every picture must be there (not that it can be decoded). `scenes_pictures`: how many
+    pictures the embedded demo draws for train, val and test. Images without a caption stay: they are distractors in a ranking.
     """
     root = Path(data_root).expanduser()
     if datasets == "f30k":
@@ -37,7 +37,7 @@ def read_records(
     if datasets == "captions":
         return read_captions_file(root, check_files=check_files)
     if datasets == "scenes":
-        return read_scenes(root / "scenes", counts=scene_counts)
+        return read_scenes(root / "scenes", counts=dict(zip(SPLITS, scenes_pictures, strict=True)))
     raise UserError(f"datasets={datasets!r}: expected one of {', '.join(NAMES)}")
 
 

@@ -57,6 +57,7 @@ class DataSettings:
     per_gpu_batchsize: int = _key("pairs per forward pass of one process; gradients accumulate up to batch_size", low=1)
     num_workers: int = _key("processes that decode pictures; 0: the training process itself", low=0, high=1024)
     on_bad_image: str = _key("what an unreadable picture does in training", choices=("error", "skip"))
+    scenes_pictures: tuple[int, ...] = _key("embedded demo: pictures drawn for train, val and test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +248,8 @@ def _check_together(settings: Settings) -> None:
     for key in ("image_levels", "text_levels"):
         if len(getattr(model, key)) != 2:
             raise UserError(f"{key}={list(getattr(model, key))!r}: expected two numbers, the mid and the high level")
+    if len(data.scenes_pictures) != 3 or min(data.scenes_pictures) < 1:
+        raise UserError(f"scenes_pictures={list(data.scenes_pictures)!r}: expected three numbers from 1: train, val, test")
     if run.test_only and not run.checkpoint:
         raise UserError("test_only=True needs checkpoint=PATH: the weights that are to be evaluated")
     if run.test_only and run.resume_from:
