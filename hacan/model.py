@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hacan.encoders import ImageEncoder, TextEncoder
-from hacan.types import EncodedImages, EncodedTexts
+from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 
 class HACAN(nn.Module):
@@ -71,11 +71,11 @@ class HACAN(nn.Module):
             pooled=self.aggregate_text(features.pooled),
         )
 
-    def score(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+    def score(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
         """Fine similarity of all pairs, [N, M] float32 (METHOD sections 2 and 3)."""
         return self.alignment(images, texts)
 
-    def global_similarity(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+    def global_similarity(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
         """Cosine of the global embeddings of all pairs, [N, M] float32 (METHOD sections 4 and 6)."""
         with torch.autocast(images.pooled.device.type, enabled=False):
             return images.pooled.float() @ texts.pooled.float().T

@@ -2,13 +2,12 @@
 
 import json
 import pickle
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +16,10 @@ from hacan.errors import UserError
 # What checkpoints of this field call the weights inside, the one that is used first.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module", "model_ema", "net")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class BrokenFileError(UserError):
+    """A file that is not whole, or not what its name says."""
 
 
 def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -33,14 +36,19 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise UserError(f"{path} is broken or no weights file: {_first_line(error)}") from error
+        wanted = _wanted_code(error)
+        if wanted is None:
+            raise BrokenFileError(f"{path} is broken, truncated or no weights file") from error
         raise UserError(
-            f"{path} is a pickle of more than tensors ({_wanted(error)}), which could run code: not read. If you trust "
-            "whoever wrote it, add trust_checkpoint=True"
+            f"{path} is a pickle of more than tensors (it wants {wanted}), which could run code: not read. If you "
+            "trust whoever wrote it, add trust_checkpoint=True"
         ) from error
-    except (EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is broken, truncated or no weights file: {_first_line(error)}") from error
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ImportError as error:
+        raise UserError(f"{path} is a pickle that needs the module {error.name!r}, which is not installed") from error
+    except Exception as error:  # an unpickler that is fed noise raises anything; the cause is kept
+        raise BrokenFileError(f"{path} is broken, truncated or no weights file") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors (a state dict)")
     return dict(content)
@@ -111,11 +119,7 @@ def _some(keys: list[Any], count: int = 3) -> str:
     return ", ".join(str(key) for key in keys[:count]) + more
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _wanted(error: Exception) -> str:
-    """What the pickle asked for, from PyTorch's long message."""
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return lines[0][:200] if lines else _first_line(error)
+def _wanted_code(error: Exception) -> str | None:
+    """What a refused pickle asked for, out of PyTorch's long message; None where it is not a whole pickle at all."""
+    found = re.search(r"GLOBAL (\S+)|(?:class|global|function|type) (\S+\.\S+)", str(error))
+    return (found[1] or found[2]) if found else None

@@ -1,0 +1,251 @@
+"""Checkpoints: what ours hold beside the weights, reading any accepted kind, writing in one step.
+
+Ours is a Lightning checkpoint whose key `hacan` describes the model (settings, text config, tokenizer), so that it can
+be rebuilt without the run's config, without the hub and without the files that the backbones came from.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hacan.build import build_model, model_settings
+from hacan.errors import UserError
+from hacan.foreign import bert_sizes, is_release, name_of_release, release_settings
+from hacan.model import HACAN
+from hacan.settings import ModelSettings, Settings
+from hacan.weights import BrokenFileError, load_exactly, read_file, tensors_of
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = "hacan"  # our key in a checkpoint
+FORMAT = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of an exported folder
+OUR_MODULES = ("image_encoder.", "text_encoder.", "project_", "aggregate_", "alignment.")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read, and what became of its tensors. None of ours is ever missing: that is an error."""
+
+    model: HACAN
+    kind: str  # "hacan", "release" or "plain"
+    description: dict[str, Any] | None  # ours: what `describe_model` wrote
+    mapped: dict[str, str]  # its name of a tensor -> ours
+    ignored: list[str]  # its names without a use here
+
+
+def load_checkpoint(path: str | Path, *, trust: bool = False, settings: ModelSettings | None = None) -> HACAN:
+    """The model of any checkpoint that is accepted, in evaluation mode; see `open_checkpoint`."""
+    return open_checkpoint(path, trust=trust, settings=settings).model
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    trust: bool = False,
+    settings: ModelSettings | None = None,
+    image_size: int = 224,
+    score_memory: int = 256,
+) -> Checkpoint:
+    """Read a checkpoint of any accepted kind, recognised by its keys; the model comes in evaluation mode.
+
+    - ours, or a folder that `scripts/export.py` wrote: the model is rebuilt from its own description;
+    - the public release's: sizes come from its tensors, alignment, direction and activation from `settings`;
+    - a plain state dict or safetensors file in our names: the architecture comes from `settings`.
+
+    What was mapped and ignored is returned and logged; a missing tensor or one of another shape is a UserError.
+    """
+    content = read_checkpoint(path, trust=trust)
+    description = content.get(DESCRIPTION)
+    tensors = tensors_of(content, source=path)
+    names = {key: _our_name(key) for key in tensors}
+    state = {names[key]: value for key, value in tensors.items()}
+    if isinstance(description, Mapping):
+        kind, model = "hacan", model_from_description(description, score_memory=score_memory)
+    elif is_release(state):
+        kind = "release"
+        names = {key: name_of_release(name) for key, name in names.items()}
+        state = {name: tensors[key] for key, name in names.items() if name}
+        settings = release_settings(state, given=settings, written=_config_inside(content))
+        model = _of_sizes(state, settings, source=path, image_size=image_size, score_memory=score_memory)
+    elif all(any(key.startswith(module) for key in state) for module in ("image_encoder.", "text_encoder.")):
+        if settings is None:
+            raise UserError(
+                f"{path} holds weights in our names, but not the settings that they belong to: give the config of its "
+                "training, or a checkpoint (.ckpt) that a training wrote"
+            )
+        kind, model = "plain", _of_sizes(state, settings, source=path, image_size=image_size, score_memory=score_memory)
+    else:
+        raise UserError(_unknown(path, state))
+    load_exactly(model, state, source=path)
+    own = model.state_dict()
+    found = Checkpoint(
+        model=model.eval(),
+        kind=kind,
+        description=dict(description) if kind == "hacan" else None,
+        mapped={key: name for key, name in names.items() if name in own},
+        ignored=[key for key, name in names.items() if name not in own],
+    )
+    log.info(
+        "%s: %s checkpoint; %d tensors mapped, none missing, %d ignored%s",
+        path,
+        kind,
+        len(found.mapped),
+        len(found.ignored),
+        f" ({', '.join(found.ignored)})" if found.ignored else "",
+    )
+    return found
+
+
+def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """What a checkpoint file or an exported folder holds; for a broken file the newest whole one beside it is offered."""
+    path = Path(path)
+    if path.is_dir():
+        return read_exported(path)
+    try:
+        content = read_file(path, trust=trust)
+    except BrokenFileError as error:
+        others = [other for other in path.parent.glob(f"*{path.suffix}") if other != path and zipfile.is_zipfile(other)]
+        newest = max(others, key=lambda other: other.stat().st_mtime, default=None)
+        remedy = f"the newest whole one beside it is {newest}" if newest else "there is no whole one beside it"
+        raise BrokenFileError(f"{error}; {remedy}") from error
+    exported = path.suffix == ".safetensors" and (path.parent / CONFIG_FILE).is_file()
+    return read_exported(path.parent) if exported else content
+
+
+def describe_model(model: HACAN, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What is needed beside the weights to rebuild the model: plain values, which `weights_only` and JSON can read."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).iterdir())}
+    description = {
+        "format": FORMAT,
+        "settings": settings.to_flat(),
+        "text_config": model.text_encoder.backbone.config.to_dict(),
+        "tokenizer": files,
+    }
+    return json.loads(json.dumps(description, default=str))
+
+
+def model_from_description(description: Mapping[str, Any], *, score_memory: int = 256) -> HACAN:
+    """The model that `describe_model` described, its weights random."""
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"a checkpoint of format {description.get('format')!r}, expected {FORMAT}: written by another version of "
+            "this program; read it with that one"
+        )
+    return build_model(
+        model_settings(description["settings"]),
+        image_size=description["settings"]["image_size"],
+        score_memory=score_memory,
+        load_weights=False,
+        text_config=description["text_config"],
+    )
+
+
+def tokenizer_from_description(description: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files `describe_model` kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in description["tokenizer"].items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def read_exported(folder: Path) -> dict[str, Any]:
+    """A folder that `scripts/export.py` wrote, as the content of a checkpoint of ours."""
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise UserError(f"{folder} is a folder without {CONFIG_FILE}: expected one that scripts/export.py wrote")
+    try:
+        description = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BrokenFileError(f"{config} is broken: {error}") from error
+    if not isinstance(description, dict) or "settings" not in description or "text_config" not in description:
+        raise UserError(
+            f"{config} does not describe a HACAN (no settings, no text_config): scripts/export.py writes it"
+        )
+    return {DESCRIPTION: description, "state_dict": read_file(folder / WEIGHTS_FILE)}
+
+
+def atomic_save(content: Any, path: str | Path) -> None:
+    """`torch.save` in one step, as the file system sees it: a crash or a full disk leaves the file that was there."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        kept = f"; the {path.name} that was there is kept" if path.exists() else ""
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}{kept}. Free space there, or give save_path=PATH") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal: which checkpoint a figure came from."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system lets a folder be opened (Windows does not)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _our_name(key: str) -> str:
+    """A key of a LightningModule's state dict, whose model is its attribute `model`, as the model's own."""
+    name = key.removeprefix("model.")
+    return name if name.startswith(OUR_MODULES) else key
+
+
+def _of_sizes(
+    state: Mapping[str, Tensor], settings: ModelSettings, *, source: str | Path, image_size: int, score_memory: int
+) -> HACAN:
+    """A model of these settings whose BERT has the sizes of the tensors."""
+    prefix = "text_encoder.backbone."
+    bert = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return build_model(
+        settings,
+        image_size=image_size,
+        score_memory=score_memory,
+        load_weights=False,
+        text_config={**bert_sizes(bert, source=source), **settings.text_encoder_args},
+    )
+
+
+def _config_inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The flat config that a Lightning checkpoint keeps among its hyper-parameters, or nothing."""
+    kept = content.get("hyper_parameters")
+    kept = kept.get("config", kept) if isinstance(kept, Mapping) else None
+    return kept if isinstance(kept, Mapping) else {}
+
+
+def _unknown(path: str | Path, state: Mapping[str, Tensor]) -> str:
+    first = ", ".join(list(state)[:3])
+    if any(key.endswith("embeddings.word_embeddings.weight") for key in state):
+        return f"{path} holds the weights of a text encoder alone ({first}, ...): give it as text_weights=PATH"
+    if any(key in state for key in ("stem.0.weight", "downsample_layers.0.0.weight", "conv_stem.weight", "cls_token")):
+        return f"{path} holds the weights of an image encoder alone ({first}, ...): give it as image_weights=PATH"
+    return (
+        f"{path} is no checkpoint of a kind known here: its keys are {first}, ...; expected ours (image_encoder.*, "
+        "text_encoder.*) or the public release's (convnexts.*, text_transformer.*)"
+    )
