@@ -17,6 +17,7 @@ class Layout:
     folders: tuple[str, ...]
     picture_folders: tuple[str, ...]  # under the folder; "" is the folder itself
     json_name: str
+    holding: tuple[str, ...] = ()  # the folder of pictures is the one that holds one of these
 
 
 FLICKR30K = Layout(
@@ -25,7 +26,12 @@ FLICKR30K = Layout(
     json_name="dataset_flickr30k.json",
 )
 FLICKR8K = Layout(folders=("f8k", "flickr8k"), picture_folders=("images",), json_name="dataset_flickr8k.json")
-COCO = Layout(folders=("coco",), picture_folders=("images", ""), json_name="dataset_coco.json")
+COCO = Layout(
+    folders=("coco",),
+    picture_folders=("images", ""),
+    json_name="dataset_coco.json",
+    holding=("train2014", "val2014"),
+)
 
 
 def read_karpathy(
@@ -43,15 +49,12 @@ def read_karpathy(
 
 
 def picture_folder(folder: Path, layout: Layout) -> Path:
-    """The folder that file names in the JSON are relative to. COCO: the one that holds train2014 and val2014."""
+    """The folder that file names in the JSON are relative to."""
     candidates = [folder / name for name in layout.picture_folders]
-    if "" in layout.picture_folders:  # COCO
-        for candidate in candidates:
-            if (candidate / "train2014").is_dir() or (candidate / "val2014").is_dir():
-                return candidate
-        looked = " or ".join(str(candidate / "{train2014,val2014}") for candidate in candidates)
-        raise UserError(f"the folder of pictures not found: looked for {looked}")
-    return first_folder(candidates, what="the folder of pictures")
+    if not layout.holding:
+        return first_folder(candidates, what="the folder of pictures")
+    inner = [candidate / name for candidate in candidates for name in layout.holding]
+    return first_folder(inner, what="the folder of pictures").parent
 
 
 def parse_karpathy(content: Any, pictures: Path, *, where: str, use_restval: bool) -> list[CaptionedImage]:

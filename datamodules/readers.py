@@ -24,8 +24,8 @@ def read_records(
 ) -> list[CaptionedImage]:
     """All records of the data set `datasets` under `data_root` (METHOD section 7).
 
-    `check_files`: every picture must be there (not that it can be decoded). `scenes_pictures`: how many
-    pictures the embedded demo draws for train, val and test. Images without a caption stay: they are distractors in a ranking.
+    `check_files`: every picture must be there (not that it can be decoded). `scenes_pictures`: how many pictures the
+    embedded demo draws for train, val and test. Images without a caption stay: they are distractors in a ranking.
     """
     root = Path(data_root).expanduser()
     if datasets == "f30k":

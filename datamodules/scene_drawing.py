@@ -12,11 +12,15 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from datamodules.folders import missing_files
+from datamodules.json_files import read_json
+from datamodules.karpathy import parse_karpathy
 from datamodules.records import CaptionedImage
 from datamodules.scenes import Scene, SceneIndex, caption_scene, sample_scenes
 from hacan.errors import UserError
 
-FORMAT = 2  # raise it when the same parameters give other pictures or captions: what is on disk is then made anew
+FORMAT = 1  # raise it when the same parameters give other pictures or captions: what is on disk is then made anew
+JSON_NAME = "dataset_scenes.json"
 DEFAULT_COUNTS = {"train": 1000, "val": 100, "test": 200}
 PICTURE_SIZE = 112  # pixels; things keep off the border by an eighth, so that mild crops cut nothing away
 INK = {  # blue, green, red, as OpenCV orders them
@@ -101,8 +105,10 @@ def write_scenes(
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+        for image in images:
+            image["filepath"] = pictures.name
         content = {"dataset": "scenes", "parameters": parameters, "images": images}
-        target = folder / "dataset_scenes.json"
+        target = folder / JSON_NAME
         draft = folder / f".dataset_scenes.{os.getpid()}.json"
         draft.write_text(json.dumps(content), encoding="utf-8")
         os.replace(draft, target)
@@ -146,41 +152,26 @@ def read_scenes(
 ) -> list[CaptionedImage]:
     """The demo's records; pictures and captions are made when they are not there, or were made otherwise."""
     folder = Path(folder)
-    parameters = _parameters(counts, seed, picture_size)
-    content = _read_json(folder / "dataset_scenes.json")
-    pictures = _picture_folder(folder, parameters)
-    if content is None or content.get("parameters") != parameters or not _complete(pictures, content):
+    found = _found(folder, _parameters(counts, seed, picture_size))
+    if found is None:
         write_scenes(folder, counts=counts, seed=seed, picture_size=picture_size, progress=progress)
-        content = _read_json(folder / "dataset_scenes.json")
-        if content is None:
-            raise UserError(f"{folder / 'dataset_scenes.json'} vanished while it was read: is another run deleting it?")
-    return [
-        CaptionedImage(
-            path=pictures / image["filename"],
-            captions=tuple(sentence["raw"] for sentence in image["sentences"]),
-            image_id=image["imgid"],
-            split=image["split"],
-        )
-        for image in content["images"]
-    ]
+        found = _found(folder, _parameters(counts, seed, picture_size))
+    if found is None:
+        raise UserError(f"{folder / JSON_NAME} vanished while it was read: is another run deleting it?")
+    return found
 
 
-def _complete(pictures: Path, content: dict) -> bool:
-    if not pictures.is_dir():
-        return False
-    there = {entry.name for entry in os.scandir(pictures)}
-    return all(image["filename"] in there for image in content["images"])
-
-
-def _read_json(path: Path) -> dict | None:
-    """The file's content; None where it is not there or not JSON (it is then made anew)."""
+def _found(folder: Path, parameters: dict) -> list[CaptionedImage] | None:
+    """The records on disk; None where there are none, or they are damaged or made with other parameters."""
+    path = folder / JSON_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("parameters") != parameters:
+            return None
+        records = parse_karpathy(content, folder, where=str(path), use_restval=False)
+    except UserError:
         return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return content if isinstance(content, dict) else None
+    return None if missing_files(record.path for record in records) else records
 
 
 def _parameters(counts: Mapping[str, int], seed: int, picture_size: int) -> dict:

@@ -11,6 +11,8 @@ from itertools import combinations
 
 import numpy as np
 
+from hacan.errors import UserError
+
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SIZES = {"small": ("small", "little"), "large": ("large", "big")}  # what it is -> the words for it
@@ -140,6 +142,7 @@ def sample_scenes(counts: dict[str, int], *, seed: int) -> dict[str, list[Scene]
     splits: dict[str, list[Scene]] = {}
     for split, count in counts.items():
         splits[split] = []
+        misses = 0
         while len(splits[split]) < count:
             n_things = 2 if rng.random() < 0.4 else 3
             chosen = rng.choice(len(kinds), size=n_things, replace=False)
@@ -149,7 +152,13 @@ def sample_scenes(counts: dict[str, int], *, seed: int) -> dict[str, list[Scene]
                 for kind, size in zip(chosen, sizes, strict=True)
             )
             scene = Scene(things, str(rng.choice(LAYOUTS)), str(rng.choice(BACKGROUNDS)))
-            if not seen.describing(scene):
+            if seen.describing(scene):
+                misses += 1
+                if misses > 200 + 20 * count:
+                    raise UserError(
+                        f"there are not {sum(counts.values())} different scenes: draw fewer (scenes_pictures)"
+                    )
+            else:
                 seen.add(scene)
                 splits[split].append(scene)
     return splits

@@ -249,7 +249,7 @@ def _check_together(settings: Settings) -> None:
         if len(getattr(model, key)) != 2:
             raise UserError(f"{key}={list(getattr(model, key))!r}: expected two numbers, the mid and the high level")
     if len(data.scenes_pictures) != 3 or min(data.scenes_pictures) < 1:
-        raise UserError(f"scenes_pictures={list(data.scenes_pictures)!r}: expected three numbers from 1: train, val, test")
+        raise UserError(f"scenes_pictures={list(data.scenes_pictures)!r}: expected three numbers from 1, one a split")
     if run.test_only and not run.checkpoint:
         raise UserError("test_only=True needs checkpoint=PATH: the weights that are to be evaluated")
     if run.test_only and run.resume_from:
