@@ -55,9 +55,9 @@ def check_pictures(paths: Iterable[Path], *, listed_in: Path) -> None:
 
 
 def safe_path(folder: Path, name: str, *, where: str) -> Path:
-    """`folder / name`, which has to be a file name that a file system can hold."""
-    if not name or "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
-        raise UserError(f"{where} is {name!r}: expected the name of a picture file")
+    """`folder / name`, which has to be a path that a file system can hold: no control characters, no halves of emoji."""
+    if not name or any(character < " " or "\ud800" <= character <= "\udfff" for character in name):
+        raise UserError(f"{where} is {name[:80]!r}: expected the name of a picture file")
     return folder / name
 
 

@@ -43,7 +43,8 @@ def expect(value: Any, kind: type, *, where: str) -> Any:
 def member(value: Any, key: str, kind: type, *, where: str) -> Any:
     """`value[key]` of an object, which has to be there and of `kind`."""
     if key not in expect(value, dict, where=where):
-        raise UserError(f"{where} lacks the key {key!r}; it has {', '.join(sorted(value)[:8]) or 'none'}")
+        there = ", ".join(repr(name[:40]) for name in sorted(value)[:8]) or "no keys"
+        raise UserError(f"{where} lacks the key {key!r}; it has {there}")
     return expect(value[key], kind, where=f"{where}, {key!r}")
 
 

@@ -39,6 +39,11 @@ def read_karpathy(
 ) -> list[CaptionedImage]:
     """The records of one data set; `use_restval`: restval images are train images, otherwise they are left out."""
     check_root(data_root)
+    if (data_root / layout.json_name).is_file():
+        raise UserError(
+            f"data_root={str(data_root)!r} holds {layout.json_name} itself; put both into a folder named "
+            f"{' or '.join(layout.folders)}, and give the folder that holds that one"
+        )
     folder = first_folder([data_root / name for name in layout.folders], what="the data set's folder")
     json_path = first_file([folder / layout.json_name], what="the split file")
     pictures = picture_folder(folder, layout)
@@ -73,7 +78,8 @@ def parse_karpathy(content: Any, pictures: Path, *, where: str, use_restval: boo
         if image_id in seen:
             raise UserError(f"{place}, 'imgid' {image_id} is that of {seen[image_id]!r} too: expected one per image")
         seen[image_id] = name
-        folder = pictures / expect(image.get("filepath", ""), str, where=f"{place}, 'filepath'")
+        inner = expect(image.get("filepath", ""), str, where=f"{place}, 'filepath'")
+        folder = safe_path(pictures, inner, where=f"{place}, 'filepath'") if inner else pictures
         captions = tuple(
             caption_of(sentence, "raw", where=f"{place}, sentences[{index}]")
             for index, sentence in enumerate(member(image, "sentences", list, where=place))

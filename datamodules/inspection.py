@@ -1,0 +1,165 @@
+"""What a data root holds and lacks, split by split, before any training (`scripts/check_data.py`)."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from datamodules.captions_file import NAMES as CAPTIONS_FILES
+from datamodules.captions_file import read_captions_file
+from datamodules.folders import missing_files
+from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, Layout, read_karpathy
+from datamodules.pictures import read_picture
+from datamodules.readers import read_records
+from datamodules.records import SPLITS, CaptionedImage
+from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
+from hacan.errors import UserError
+
+SCENES = Layout(folders=("scenes",), picture_folders=("",), json_name=SCENES_JSON)  # as they lie, never drawn here
+LOOKED_FOR = {
+    "f30k": FLICKR30K.folders,
+    "f8k": FLICKR8K.folders,
+    "coco": COCO.folders,
+    "captions": CAPTIONS_FILES,
+    "scenes": SCENES.folders,
+}
+OFFICIAL = {  # images of each split, METHOD section 7 (COCO's train: with restval)
+    "f30k": {"train": 29_000, "val": 1_014, "test": 1_000},
+    "f8k": {"train": 6_000, "val": 1_000, "test": 1_000},
+    "coco": {"train": 82_783 + 30_504, "val": 5_000, "test": 5_000},
+}
+
+
+@dataclass
+class SplitFindings:
+    """One split: what is listed, and what of it is not as it should be."""
+
+    images: int = 0
+    captions: int = 0
+    missing: list[Path] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # reasons, which name the picture
+    without_captions: int = 0
+    empty_captions: int = 0
+
+
+@dataclass
+class Findings:
+    """One data set. `problem`: why it could not be read at all."""
+
+    name: str
+    splits: dict[str, SplitFindings] = field(default_factory=dict)
+    problem: str | None = None
+    listed_twice: int = 0  # pictures that two records share
+    decoded: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything needed is there: each split has images and captions, and every picture is there."""
+        return self.problem is None and all(
+            split.captions and not split.missing and not split.unreadable for split in self.splits.values()
+        )
+
+
+def present_data_sets(data_root: Path) -> list[str]:
+    """The data sets of which something lies under `data_root`."""
+    return [name for name, places in LOOKED_FOR.items() if any((data_root / place).exists() for place in places)]
+
+
+def inspect_data_set(
+    name: str, data_root: Path, *, use_restval: bool = True, decode: bool = False, progress: bool = True
+) -> Findings:
+    """Read a data set's files and list its pictures; `decode`: decode every one of them, too."""
+    findings = Findings(name, decoded=decode)
+    try:
+        records = _listed_records(name, data_root, use_restval=use_restval)
+        missing = set(missing_files(record.path for record in records))
+    except UserError as error:
+        findings.problem = str(error)
+        return findings
+    findings.splits = {split: SplitFindings() for split in SPLITS}
+    for record in records:
+        split = findings.splits[record.split]
+        split.images += 1
+        split.captions += len(record.captions)
+        split.without_captions += not record.captions
+        split.empty_captions += sum(not caption.strip() for caption in record.captions)
+        if record.path in missing:
+            split.missing.append(record.path)
+    findings.listed_twice = sum(count - 1 for count in Counter(record.path for record in records).values())
+    if decode:
+        there = [record for record in records if record.path not in missing]
+        for record, reason in _undecodable(there, progress=progress):
+            findings.splits[record.split].unreadable.append(reason)
+    return findings
+
+
+def _listed_records(name: str, data_root: Path, *, use_restval: bool) -> list[CaptionedImage]:
+    if name == "scenes":
+        return read_karpathy(data_root, SCENES, use_restval=False, check_files=False)
+    if name == "captions":
+        return read_captions_file(data_root, check_files=False)
+    return read_records(name, data_root, use_restval=use_restval, check_files=False)
+
+
+def _undecodable(records: Sequence[CaptionedImage], *, progress: bool) -> Iterator[tuple[CaptionedImage, str]]:
+    def reason(record: CaptionedImage) -> str | None:
+        try:
+            read_picture(record.path)
+        except UserError as error:
+            return str(error)
+        return None
+
+    threads = cv2.getNumberOfCPUs()
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(records), unit="picture", disable=not progress) as bar:
+        bar.set_description("decoding")
+        for start in range(0, len(records), 1024):  # map() submits all at once: keep what is waiting short
+            part = records[start : start + 1024]
+            for record, found in zip(part, pool.map(reason, part), strict=True):
+                bar.update()
+                if found is not None:
+                    yield record, found
+
+
+def describe(findings: Findings, *, most: int = 10) -> str:
+    """A table for a person, with at most `most` names of each kind of trouble."""
+    if findings.problem is not None:
+        return f"{findings.name}: {findings.problem}"
+    lines = [
+        f"{findings.name}: {'complete' if findings.complete else 'INCOMPLETE'}"
+        f"{', every picture was decoded' if findings.decoded else ''}",
+        f"  {'split':<6}{'images':>9}{'captions':>10}{'missing':>9}{'bad':>6}  notes",
+    ]
+    troubles = []
+    for name, split in findings.splits.items():
+        bad = str(len(split.unreadable)) if findings.decoded else "-"
+        row = f"  {name:<6}{split.images:>9}{split.captions:>10}{len(split.missing):>9}{bad:>6}"
+        lines.append(f"{row}  {'; '.join(_notes(findings.name, name, split))}".rstrip())
+        troubles += _some([f"missing: {path}" for path in split.missing], most)
+        troubles += _some([f"bad: {reason}" for reason in split.unreadable], most)
+    if findings.listed_twice:
+        lines.append(f"  {findings.listed_twice} picture(s) are listed more than once")
+    return "\n".join(lines + [f"  {trouble}" for trouble in troubles])
+
+
+def _notes(data_set: str, name: str, split: SplitFindings) -> list[str]:
+    notes = []
+    official = OFFICIAL.get(data_set, {}).get(name)
+    if not split.images:
+        notes.append("EMPTY: no images")
+    elif not split.captions:
+        notes.append("EMPTY: not one caption")
+    if official is not None and split.images != official:
+        notes.append(f"the published split has {official} images")
+    if split.without_captions:
+        notes.append(f"{split.without_captions} images without a caption")
+    if split.empty_captions:
+        notes.append(f"{split.empty_captions} empty captions")
+    return notes
+
+
+def _some(lines: list[str], most: int) -> list[str]:
+    return lines[:most] + ([f"... and {len(lines) - most} more"] if len(lines) > most else [])

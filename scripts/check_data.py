@@ -1,0 +1,45 @@
+"""Says what a data root holds and what is missing, split by split, before any training.
+
+    python scripts/check_data.py DATA_ROOT [--datasets NAME] [--decode]
+
+Exit status: 0 all there, 1 something is missing or bad, 2 the command line is wrong.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datamodules.inspection import LOOKED_FOR, describe, inspect_data_set, present_data_sets
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, inspect, print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_root", type=Path, help="the folder that holds the data set's folder, as for run.py")
+    parser.add_argument("--datasets", choices=list(LOOKED_FOR), help="only this one (default: all that are found)")
+    parser.add_argument("--decode", action="store_true", help="decode every picture and name those that fail")
+    parser.add_argument("--no-restval", action="store_true", help="COCO: leave the restval images out")
+    parser.add_argument("--all", action="store_true", help="name every missing or bad picture, not the first ten")
+    options = parser.parse_args(arguments)
+    root = options.data_root.expanduser()
+    if not root.is_dir():
+        print(f"{root} {'is not a folder' if root.exists() else 'does not exist'}", file=sys.stderr)
+        return 1
+    names = [options.datasets] if options.datasets else present_data_sets(root)
+    if not names:
+        print(f"nothing found under {root}; looked for")
+        for name, places in LOOKED_FOR.items():
+            print(f"  {name:<9}{' or '.join(str(root / place) for place in places)}")
+        return 1
+    complete = True
+    for name in names:
+        findings = inspect_data_set(name, root, use_restval=not options.no_restval, decode=options.decode)
+        print(describe(findings, most=sys.maxsize if options.all else 10))
+        complete &= findings.complete
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
