@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def encode_gallery(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    stage: Callable[[str], AbstractContextManager] = nullcontext,
     progress: bool = True,
 ) -> Gallery:
     """Encode a split of N images and M texts, each once, or take up what was encoded before.
@@ -61,7 +63,7 @@ def encode_gallery(
     folder: where banks are kept; `key`: what made this one (checkpoint, pictures, precision, ...). A bank is used
     again only if its key is equal; the tokens are hashed into it here.
     Several processes (rank of world_size) need one folder that all of them see, and meet at `barrier()`; batches are
-    cut the same way whatever their number, so that the features are too.
+    cut the same way whatever their number, so that the features are too. stage(name): a context around each half.
     """
     if folder is not None and key is None:
         raise ValueError("folder is given without a key; pass what made the features, at least the checkpoint's hash")
@@ -81,11 +83,31 @@ def encode_gallery(
                 rank=rank,
                 world_size=world_size,
                 barrier=barrier,
+                stage=stage,
                 progress=progress,
             ).run(*arguments)
         except HalfTooNarrow as error:
             log.warning("%s: the features are kept in float32, which doubles their size", error)
     raise AssertionError("float32 is never too narrow")
+
+
+def select_images(gallery: Gallery, rows: slice) -> Gallery:
+    """The part of a gallery that holds some neighbouring images and all of their captions, numbered anew."""
+    images, texts, image_of_text = gallery
+    if rows.start == 0 and rows.stop == len(images.high):
+        return gallery
+    chosen = ((image_of_text >= rows.start) & (image_of_text < rows.stop)).nonzero().flatten()
+    lengths = texts.offsets[chosen + 1] - texts.offsets[chosen]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    if len(chosen) and int(chosen[-1] - chosen[0]) == len(chosen) - 1:  # neighbours: a view, no copy
+        tokens = slice(int(texts.offsets[chosen[0]]), int(texts.offsets[chosen[-1] + 1]))
+    else:
+        tokens = torch.arange(int(offsets[-1])) + (texts.offsets[chosen] - offsets[:-1]).repeat_interleave(lengths)
+    return Gallery(
+        images=EncodedImages(*(values[rows] for values in images)),
+        texts=PackedTexts(texts.high[tokens], texts.mid[tokens], offsets, texts.pooled[chosen]),
+        image_of_text=image_of_text[chosen] - rows.start,
+    )
 
 
 def content_hash(value: Any) -> str:
@@ -157,10 +179,12 @@ class _Encoding:
         rank: int,
         world_size: int,
         barrier: Callable[[], None],
+        stage: Callable[[str], AbstractContextManager],
         progress: bool,
     ) -> None:
         self._plan, self._dtype, self._home, self._budget = plan, dtype, home, budget
         self._rank, self._world_size, self._barrier, self._progress = rank, world_size, barrier, progress
+        self._stage = stage
 
     def run(
         self,
@@ -180,10 +204,14 @@ class _Encoding:
             real = texts.mask
             return {"high": texts.high[real], "mid": texts.mid[real], "pooled": texts.pooled}
 
-        images = self._encoded("images", image_features, image_batches, plan.image_rows, rows=plan.images, offsets=None)
-        texts = self._encoded(
-            "texts", text_features, text_batches, plan.text_rows, rows=len(plan.image_of_text), offsets=plan.offsets
-        )
+        with self._stage("encode images"):
+            images = self._encoded(
+                "images", image_features, image_batches, plan.image_rows, rows=plan.images, offsets=None
+            )
+        with self._stage("encode texts"):
+            texts = self._encoded(
+                "texts", text_features, text_batches, plan.text_rows, rows=len(plan.image_of_text), offsets=plan.offsets
+            )
         return Gallery(
             images=EncodedImages(**images),
             texts=PackedTexts(**texts, offsets=plan.offsets),

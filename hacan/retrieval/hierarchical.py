@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hacan.retrieval.metrics import check_scores
+from hacan.retrieval.metrics import check_scores, ranks_of_first_match
 from hacan.types import RetrievalResult
 
 # Images (coarse, fine) and texts handled at a time. Blocks begin at multiples of these whatever the shard, so that a
@@ -84,6 +84,28 @@ def shortlists(
         bar.update(len(block))
     bar.close()
     return Shortlists(*map(torch.cat, zip(*of_images, strict=True)), *map(torch.cat, zip(*of_texts, strict=True)))
+
+
+def coarse_ranks(coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, images: int) -> tuple[Tensor, Tensor]:
+    """Ranks by the coarse score alone over the whole gallery: image to text [N], text to image [M], float64 from 0.
+
+    Asks for every block of images twice (a text can be ranked only once its own image's score is known); give it
+    scores that are kept, such as SpooledScores, where they are dear.
+    """
+    texts = torch.arange(len(image_of_text))
+    ranks_i2t, own = [], None
+    for rows in _blocks(images, COARSE_IMAGES):
+        scores = _wide(coarse(rows))
+        block = torch.arange(rows.start, rows.stop)
+        ranks_i2t.append(ranks_of_first_match(scores, query_images=block, item_images=image_of_text))
+        own = scores.new_empty(len(texts)) if own is None else own
+        mine = texts[(image_of_text >= rows.start) & (image_of_text < rows.stop)]
+        own[mine] = scores[image_of_text[mine] - rows.start, mine]
+    ranks_t2i = torch.zeros(len(texts), dtype=torch.float64)
+    for rows in _blocks(images, COARSE_IMAGES):
+        wrong = torch.arange(rows.start, rows.stop)[:, None] != image_of_text
+        ranks_t2i += ((_wide(coarse(rows)) >= own) & wrong).sum(0)
+    return torch.cat(ranks_i2t), ranks_t2i
 
 
 def rank_by_fine(lists: Shortlists, fine_texts: Tensor, fine_images: Tensor, image_of_text: Tensor) -> RetrievalResult:

@@ -49,7 +49,7 @@ def ranks_of_first_match(scores: Tensor, *, query_images: Tensor, item_images: T
 def recall_at(ranks: Tensor, k: int) -> float:
     """Recall at K in percent: the share of queries [Q] whose rank is below K."""
     _check_ranks(ranks)
-    return 100.0 * (ranks < k).double().mean().item()
+    return 100.0 * int((ranks < k).sum()) / len(ranks)
 
 
 def rsum(ranks_i2t: Tensor, ranks_t2i: Tensor) -> float:
@@ -78,7 +78,7 @@ def mean_rank(ranks: Tensor) -> float:
 def missed(ranks: Tensor) -> float:
     """Share of the queries without a rank, in percent: no correct item was in the shortlist."""
     _check_ranks(ranks)
-    return 100.0 * torch.isinf(ranks).double().mean().item()
+    return 100.0 * int(torch.isinf(ranks).sum()) / len(ranks)
 
 
 def release_ranks(ranks: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from hacan.errors import UserError
 
 MIB = 2**20
+SPOOL = 64 * MIB  # scores that are kept in memory; larger ones go to a scratch file
 
 
 class ArraySpec(NamedTuple):
@@ -163,3 +164,23 @@ def _lines(path: Path) -> Sequence[dict]:
 
 def _checksum(value: Tensor, start: int) -> int:
     return zlib.crc32(value.contiguous().numpy().reshape(-1).view(np.uint8), start)
+
+
+class SpooledScores:
+    """Scores [N, M], computed by blocks of images once and then read back, from memory or from a scratch file."""
+
+    def __init__(self, scores: Callable[[slice], Tensor], *, images: int, texts: int, in_memory: int = SPOOL) -> None:
+        self._scores, self._known = scores, torch.zeros(images, dtype=torch.bool)
+        spec = ArraySpec((images, texts), torch.float32)
+        if spec.bytes <= in_memory:
+            self._kept = torch.empty(spec.shape)
+        else:
+            with tempfile.TemporaryDirectory(prefix="hacan-scores-") as scratch:  # the mapping outlives the name
+                self._kept = _map_file(Path(scratch, "scores.npy"), spec)
+
+    def __call__(self, rows: slice) -> Tensor:
+        """Scores [n, M] of a slice of the images."""
+        if not bool(self._known[rows].all()):
+            self._kept[rows] = self._scores(rows).float().cpu()
+            self._known[rows] = True
+        return self._kept[rows]
