@@ -74,7 +74,7 @@ def read_ids(path: Path) -> list[int]:
         raise UserError(
             f"the list of ids {path} not found; a dataset_coco.json in {path.parent.parent} will do as well"
         ) from error
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except Exception as error:  # on damaged files numpy raises whatever its zip reader and its tokenizer do
         raise UserError(f"{path} is not an array of ids (.npy): {' '.join(str(error).split())}") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
         kind = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__

@@ -47,7 +47,7 @@ def check_pictures(paths: Iterable[Path], *, listed_in: Path) -> None:
     """All pictures that `listed_in` speaks of are there; the first that is not is named, with how many others."""
     missing = missing_files(paths)
     if missing:
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
             f"picture {missing[0]}{others}, listed in {listed_in}, not found; complete the pictures "
             "(scripts/check_data.py lists them all)"
@@ -55,7 +55,7 @@ def check_pictures(paths: Iterable[Path], *, listed_in: Path) -> None:
 
 
 def safe_path(folder: Path, name: str, *, where: str) -> Path:
-    """`folder / name`, which has to be a path that a file system can hold: no control characters, no halves of emoji."""
+    """`folder / name`, which has to be a path that a file system can hold and a line can show."""
     if not name or any(character < " " or "\ud800" <= character <= "\udfff" for character in name):
         raise UserError(f"{where} is {name[:80]!r}: expected the name of a picture file")
     return folder / name
