@@ -107,7 +107,7 @@ def open_checkpoint(
 
 
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
-    """What a checkpoint file or an exported folder holds; for a broken file the newest whole one beside it is offered."""
+    """What a checkpoint file or an exported folder holds; for a broken file, its newest whole neighbour is offered."""
     path = Path(path)
     if path.is_dir():
         return read_exported(path)
@@ -173,6 +173,11 @@ def read_exported(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{config} does not describe a HACAN (no settings, no text_config): scripts/export.py writes it"
         )
+    names = [Path(name).name for name in description.pop("tokenizer_files", [])]
+    lacking = [name for name in names if not (folder / name).is_file()]
+    if lacking or not names:
+        raise UserError(f"{folder} lacks the tokenizer's {', '.join(lacking) or 'files'}: export the checkpoint again")
+    description["tokenizer"] = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     return {DESCRIPTION: description, "state_dict": read_file(folder / WEIGHTS_FILE)}
 
 

@@ -111,7 +111,7 @@ def is_release(state: Mapping[str, Tensor]) -> bool:
 
 
 def name_of_release(key: str) -> str | None:
-    """One name of the public release as ours, or None for what has no use: the ImageNet head, `fc1`, other leftovers."""
+    """One name of the public release as ours, or None for what has no use: the ImageNet head, `fc1` and more."""
     if key.startswith(RELEASE_TEXT):
         name = name_of_bert(key.removeprefix(RELEASE_TEXT))
         return None if name.endswith("position_ids") else f"text_encoder.backbone.{name}"
