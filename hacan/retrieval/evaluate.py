@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hacan.errors import UserError
 from hacan.retrieval.bootstrap import recall_intervals
+from hacan.retrieval.curve import Curve, mean_curve, trade_off
 from hacan.retrieval.features import ImageBatches, TextBatches, content_hash, encode_gallery, select_images
 from hacan.retrieval.hierarchical import (
     HierarchicalRetriever,
@@ -72,6 +73,7 @@ class Evaluation(NamedTuple):
     coarse_ranks: list[tuple[Tensor, Tensor]]  # (i2t, t2i) of the queries that have an answer
     ranks: list[tuple[Tensor, Tensor]]
     results: list[RetrievalResult]  # ranks and shortlists of all queries, numbered within the fold
+    curve: Curve | None = None  # the mean over folds
 
     @property
     def inflation(self) -> RetrievalMetrics:
@@ -92,10 +94,11 @@ class Evaluation(NamedTuple):
                 "metrics": self.release_rule._asdict(),
                 "inflation": self.inflation._asdict(),
             },
+            **({} if self.curve is None else {"curve": {"suggested_k": self.curve.suggested_k}}),
         }
 
     def save(self, folder: Path) -> None:
-        """Write metrics.json and ranks.npz, the ranks of every query, for comparisons."""
+        """Write metrics.json, and ranks.npz (the ranks of every query, for comparisons); curve.csv and curve.png."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {}
         for stage, folds in (("coarse", self.coarse_ranks), ("hierarchical", self.ranks)):
@@ -105,6 +108,8 @@ class Evaluation(NamedTuple):
         np.savez_compressed(temporary, **arrays)
         temporary.replace(folder / "ranks.npz")
         write_json(folder / "metrics.json", self.to_json())
+        if self.curve is not None:
+            self.curve.save(folder)
 
 
 def evaluate(
@@ -116,6 +121,7 @@ def evaluate(
     folder: Path | None = None,
     bootstrap: int = 0,
     seed: int = 0,
+    curve: bool = False,
     processes: Processes | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -123,6 +129,7 @@ def evaluate(
 
     folder: where features are kept, for an evaluation that is interrupted; None: nowhere. feature_memory: MiB of
     features held in memory, all members together. bootstrap: resamples behind the 95% intervals, 0 for none.
+    curve: also score all pairs, for the trade-off over K (with several processes each of them does).
     """
     if not members:
         raise ValueError("members is empty; pass at least one model")
@@ -131,7 +138,7 @@ def evaluate(
     galleries = encode_members(
         members, split, meter, feature_memory=feature_memory, folder=folder, processes=processes, progress=progress
     )
-    results, all_coarse = [], []
+    results, all_coarse, curves = [], [], []
     for rows in folds_of(len(split.ids), split.image_of_text, protocol):
         gallery_parts = [select_images(gallery, rows) for gallery in galleries]
         scores = EnsembleScores([MemberScores(*pair) for pair in zip(members, gallery_parts, strict=True)])
@@ -146,9 +153,23 @@ def evaluate(
         )
         results.append(result)
         all_coarse.append(coarse)
-    return summarise(
+        if curve:
+            curves.append(
+                trade_off(
+                    scores.coarse(protocol.coarse),
+                    scores.all_fine_of(protocol.coarse),
+                    scores.pairs(protocol.coarse),
+                    gallery_parts[0].image_of_text,
+                    images=rows.stop - rows.start,
+                    add_coarse=protocol.coarse == "release",
+                    meter=meter,
+                    progress=progress,
+                )
+            )
+    evaluation = summarise(
         results, all_coarse, members, split, protocol, galleries, bootstrap=bootstrap, seed=seed, meter=meter
     )
+    return evaluation._replace(curve=mean_curve(curves)) if curves else evaluation
 
 
 def encode_members(
@@ -212,9 +233,11 @@ class EnsembleScores:
             return lambda pairs: _mean([m.pairs(pairs, LRG_STREAMS) for m in self._members])
         return lambda pairs: _mean([m.pairs(pairs) for m in self._members])
 
-    def all_fine(self, rows: slice) -> Tensor:
-        """Fine scores [n, M] of some images against all texts."""
-        return _mean([member.all_fine(rows) for member in self._members])
+    def all_fine_of(self, kind: str) -> Callable[[slice], Tensor]:
+        """From rows to complete fine scores [n, M]; of kind `release` with its coarse score in place of KSF."""
+        if kind == "release":
+            return lambda rows: _mean([m.release_coarse(rows) + m.all_fine(rows, LRG_STREAMS) for m in self._members])
+        return lambda rows: _mean([member.all_fine(rows) for member in self._members])
 
 
 def rank_gallery(

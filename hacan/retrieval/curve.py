@@ -1,0 +1,227 @@
+"""The trade-off of the shortlist: recalls, its ceiling, pairs, time and memory over K, up to the full fine ranking.
+
+Every K follows exactly from one full matrix of coarse and one of fine scores; nothing is ranked anew per K.
+"""
+
+import csv
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hacan.retrieval.hierarchical import COARSE_IMAGES, FINE_IMAGES, HierarchicalRetriever, best_places, listed_pairs
+from hacan.retrieval.metrics import RECALLS, check_scores
+from hacan.retrieval.receipt import StageMeter
+from hacan.retrieval.store import SpooledScores
+
+ENTRIES = 2**22  # scores ranked at a time
+TIMED_PAIRS = 20_000  # per measured K; more pairs are timed on a share of the images and scaled
+MISS = 2**62  # a rank beyond any gallery
+CLOSE = 0.1  # of Rsum: as good as the full fine ranking
+COLUMNS = ("ceiling_i2t", "ceiling_t2i", *(f"r{k}_{d}" for d in ("i2t", "t2i") for k in RECALLS), "rsum", "pairs")
+
+
+class Curve(NamedTuple):
+    """Figures over K = 1..gallery (the larger one of images and texts); the last row is the full fine ranking."""
+
+    values: np.ndarray  # [K, len(COLUMNS)]: ceilings, recalls and Rsum in percent, listed pairs (a count)
+    seconds: dict[int, float]  # at some K: coarse and fine stage together
+    host_peak_mib: dict[int, float]
+    full_seconds: float  # scoring all pairs
+    coarse_rsum: float
+
+    @property
+    def rsum(self) -> np.ndarray:
+        """Rsum by K, [K]."""
+        return self.values[:, COLUMNS.index("rsum")]
+
+    @property
+    def suggested_k(self) -> int:
+        """The smallest K whose Rsum is within 0.1 of the full fine ranking's, or above it."""
+        return int(np.argmax(self.rsum >= self.rsum[-1] - CLOSE)) + 1
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        k = self.suggested_k
+        return (
+            f"K={k} suffices: Rsum {self.rsum[k - 1]:.1f}, where the full fine ranking of all pairs has "
+            f"{self.rsum[-1]:.1f} and the coarse score alone {self.coarse_rsum:.1f}"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write curve.csv, a row per K, and curve.png."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "curve.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["k", *COLUMNS, "seconds", "host_peak_mib"])
+            for k, row in enumerate(self.values.tolist(), start=1):
+                figures = [f"{value:.4f}" for value in row[:-1]] + [f"{row[-1]:.0f}"]
+                costs = [f"{costs[k]:.4f}" if k in costs else "" for costs in (self.seconds, self.host_peak_mib)]
+                writer.writerow([k, *figures, *costs])
+        plot_curve(self, folder / "curve.png")
+
+
+def trade_off(
+    coarse: Callable[[slice], Tensor],
+    all_fine: Callable[[slice], Tensor],
+    score_pairs: Callable[[Tensor], Tensor],
+    image_of_text: Tensor,
+    *,
+    images: int,
+    add_coarse: bool,
+    meter: StageMeter,
+    progress: bool = True,
+) -> Curve:
+    """The curve of one gallery. coarse(rows) and all_fine(rows) give [n, M], score_pairs(pairs [P, 2]) gives [P].
+
+    add_coarse: as in HierarchicalRetriever; all_fine is the complete fine score in any case.
+    """
+    texts = len(image_of_text)
+    spooled = [SpooledScores(scores, images=images, texts=texts) for scores in (coarse, all_fine)]
+    times = []
+    for name, scores in zip(("curve coarse", "curve fine"), spooled, strict=True):
+        start = time.perf_counter()
+        with meter.stage(name):
+            for first in tqdm(
+                range(0, images, COARSE_IMAGES), desc=name, unit="block of images", delay=2, disable=not progress
+            ):
+                check_scores(name, scores(slice(first, min(first + COARSE_IMAGES, images))))
+        times.append(time.perf_counter() - start)
+    with meter.stage("curve rank"):
+        values, coarse_rsum = recalls_by_k(*(s(slice(0, images)) for s in spooled), image_of_text, progress=progress)
+    seconds, peaks = {}, {}
+    for k in _some_lengths(max(images, texts)):
+        retriever = HierarchicalRetriever(
+            spooled[0], score_pairs, image_of_text, images=images, top_k=k, add_coarse=add_coarse, progress=False
+        )
+        stage = f"curve K={k}"
+        with meter.stage(stage):
+            seconds[k] = times[0] + _timed(retriever, images)
+        peaks[k] = meter.stages.pop(stage)["host_peak_mib"]
+    return Curve(values, seconds, peaks, full_seconds=times[1], coarse_rsum=coarse_rsum)
+
+
+def recalls_by_k(
+    coarse: Tensor, fine: Tensor, image_of_text: Tensor, *, progress: bool = False
+) -> tuple[np.ndarray, float]:
+    """Figures of COLUMNS for every K = 1..max(N, M), and the Rsum of the coarse scores alone.
+
+    coarse, fine [N, M]. Row K - 1 holds what `rank_shortlists` gives with top_k=K, for all K at the cost of one.
+    """
+    images, texts = coarse.shape
+    length = max(images, texts)
+    asked = torch.bincount(image_of_text, minlength=images) > 0
+    listed = torch.empty(images, texts, dtype=torch.int32)  # place of the pair in the shortlist of either direction
+    recalls, ceilings, coarse_rsum = [], [], 0.0
+    directions = (
+        (coarse, fine, torch.arange(images), image_of_text, listed),
+        (coarse.T, fine.T, image_of_text, torch.arange(images), listed.T),
+    )
+    for number, (rough, exact, owners, items, places) in enumerate(directions):
+        queries, gallery = rough.shape
+        hits, found = torch.zeros(len(RECALLS), gallery, dtype=torch.int64), torch.zeros(gallery, dtype=torch.int64)
+        parts = torch.arange(queries).split(max(1, ENTRIES // gallery))
+        for rows in tqdm(parts, desc="ranks of every K", unit="block", delay=2, disable=not progress):
+            block = slice(int(rows[0]), int(rows[-1]) + 1)
+            correct = owners[block, None] == items[None, :]
+            order = best_places(rough[block].contiguous(), correct, gallery)
+            place = torch.empty_like(order, dtype=torch.int32)
+            place.scatter_(1, order, torch.arange(gallery, dtype=torch.int32).expand(len(rows), -1))
+            places[block] = place if number == 0 else torch.minimum(places[block], place)
+            first, ranks = _ranks_by_k(exact[block].contiguous().gather(1, order), correct.gather(1, order))
+            found += (ranks < MISS).sum(0)
+            for index, k in enumerate(RECALLS):
+                hits[index] += (ranks < k).sum(0)
+                coarse_rsum += 100.0 * int((first < k).sum()) / (int(asked.sum()) if number == 0 else texts)
+        count = int(asked.sum()) if number == 0 else texts
+        whole = np.minimum(np.arange(length), gallery - 1)  # beyond the gallery: the gallery
+        recalls += [100.0 * hit.numpy()[whole] / count for hit in hits]
+        ceilings.append(100.0 * found.numpy()[whole] / count)
+    pairs = np.bincount(listed.flatten().numpy(), minlength=length).cumsum()
+    return np.stack([*ceilings, *recalls, sum(recalls), pairs[:length]], 1), coarse_rsum
+
+
+def _ranks_by_k(fine: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """From fine scores [q, G] in coarse order: place of the first correct item [q], and the rank at every K [q, G].
+
+    A rank is the number of wrong items so far that score at least the best correct item so far; MISS: none so far.
+    """
+    number = correct.cumsum(1)  # correct items so far
+    best = fine.masked_fill(~correct, -torch.inf).cummax(1).values
+    ranks = torch.full(fine.shape, MISS)
+    for many in range(1, int(number[:, -1].max()) + 1):
+        here = number == many
+        bar = best.masked_fill(~here, torch.inf).amin(1, keepdim=True)  # constant where `many` are in the shortlist
+        beaten_by = ((fine >= bar) & ~correct).cumsum(1)
+        ranks = torch.where(here, beaten_by, ranks)
+    first = torch.where(correct.any(1), correct.to(torch.uint8).argmax(1), MISS)
+    return first, ranks
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean over folds; a fold with a smaller gallery keeps its last row. Times and pairs are means too."""
+    length = max(len(curve.values) for curve in curves)
+    values = [curve.values[np.minimum(np.arange(length), len(curve.values) - 1)] for curve in curves]
+    common = set.intersection(*(set(curve.seconds) for curve in curves))
+    return Curve(
+        values=np.mean(values, 0),
+        seconds={k: float(np.mean([curve.seconds[k] for curve in curves])) for k in sorted(common)},
+        host_peak_mib={k: max(curve.host_peak_mib[k] for curve in curves) for k in sorted(common)},
+        full_seconds=float(np.mean([curve.full_seconds for curve in curves])),
+        coarse_rsum=float(np.mean([curve.coarse_rsum for curve in curves])),
+    )
+
+
+def plot_curve(curve: Curve, path: Path) -> None:
+    """Rsum and the ceilings over K, and the seconds over K, as a picture."""
+    from matplotlib.figure import Figure  # here, so that evaluating needs no plotting library
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    quality, cost = figure.subplots(1, 2)
+    k = np.arange(1, len(curve.values) + 1)
+    quality.plot(k, curve.rsum, color="#1f5a99", linewidth=2, label="hierarchical")
+    quality.axhline(curve.rsum[-1], color="#1f5a99", linestyle="--", linewidth=1, label="all pairs, fine")
+    quality.axhline(curve.coarse_rsum, color="#777777", linestyle=":", linewidth=1.5, label="coarse only")
+    chosen = curve.suggested_k
+    quality.plot([chosen], [curve.rsum[chosen - 1]], "o", color="#c23b22", label=f"suggested: K = {chosen}")
+    quality.set(xscale="log", xlabel="K, length of the shortlist", ylabel="Rsum")
+    ceiling = quality.twinx()
+    ceiling.plot(k, curve.values[:, 0], color="#d98b1f", linewidth=1, label="ceiling, image to text")
+    ceiling.plot(k, curve.values[:, 1], color="#6a9f3a", linewidth=1, label="ceiling, text to image")
+    ceiling.set(ylim=(0, 102), ylabel="queries with a correct item in the shortlist, %")
+    handles = [handle for axes in (quality, ceiling) for handle in axes.get_legend_handles_labels()[0]]
+    quality.legend(handles=handles, loc="lower right", fontsize=8, framealpha=0.9)
+    cost.plot(list(curve.seconds), list(curve.seconds.values()), "o-", color="#1f5a99", label="hierarchical, measured")
+    cost.axhline(curve.full_seconds, color="#1f5a99", linestyle="--", linewidth=1, label="all pairs, fine")
+    cost.axvline(chosen, color="#c23b22", linewidth=1, label=f"suggested: K = {chosen}")
+    cost.set(xscale="log", yscale="log", xlabel="K, length of the shortlist", ylabel="seconds, both directions")
+    cost.legend(loc="upper left", fontsize=8)
+    for axes in (quality, cost):
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+
+
+def _some_lengths(longest: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... up to the gallery, and the gallery."""
+    steps = [digit * 10**power for power in range(len(str(longest))) for digit in (1, 2, 5)]
+    return [*(k for k in steps if k < longest), longest]
+
+
+def _timed(retriever: HierarchicalRetriever, images: int) -> float:
+    """Seconds of shortlists, fine scores and ranks; fine scores on a share of the images where they are many."""
+    start = time.perf_counter()
+    lists = retriever.shortlists()
+    pairs = listed_pairs(lists)
+    listing = time.perf_counter() - start
+    share = min(-(-len(pairs) // TIMED_PAIRS), -(-images // FINE_IMAGES))
+    start = time.perf_counter()
+    scored = len(retriever.fine_shard(pairs, rank=0, world_size=share))
+    scoring = (time.perf_counter() - start) * len(pairs) / scored
+    start = time.perf_counter()
+    retriever.rank(lists, pairs, torch.zeros(len(pairs)))
+    return listing + scoring + time.perf_counter() - start
