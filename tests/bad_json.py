@@ -9,7 +9,21 @@ from datamodules.records import CaptionedImage
 from hacan.errors import UserError
 
 KEYS = st.sampled_from(
-    "images filename filepath split imgid sentences raw annotations id image_id file_name caption image".split()
+    [
+        "images",
+        "filename",
+        "filepath",
+        "split",
+        "imgid",
+        "sentences",
+        "raw",
+        "annotations",
+        "id",
+        "image_id",
+        "file_name",
+        "caption",
+        "image",
+    ]
 )
 LEAVES = st.one_of(
     st.none(),
