@@ -4,18 +4,17 @@ config -> settings -> data, model, trainer -> fit or test. Settings are judged b
 wrong key costs a second.
 """
 
-import logging
+import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings(
-    "ignore", message="pkg_resources is deprecated"
-)  # sacred 0.8.7 imports it; setuptools is pinned
+# sacred 0.8.7 imports pkg_resources; requirements.txt pins the setuptools that has it.
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 
-from sacred import SETTINGS  # noqa: E402
 from sacred.observers import FileStorageObserver  # noqa: E402
 from sacred.run import Run  # noqa: E402
 
@@ -24,16 +23,73 @@ from hacan.errors import UserError  # noqa: E402
 from hacan.settings import Settings  # noqa: E402
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A mistake that a person can mend ends the program with its one line and status 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def is_first_process() -> bool:
     """Whether this process records the run: the first one of torchrun, SLURM or Lightning's own launcher."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 @ex.config_hook
-def judge_and_record(config: dict[str, Any], command_name: str, logger: logging.Logger) -> dict[str, Any]:
+def judge_and_record(config: dict[str, Any], command_name: str, logger: Any) -> dict[str, Any]:
     """Judge the settings before the run exists, then have it recorded under log_dir/exp_name."""
     if command_name == "main":
-        settings = Settings.from_flat(config)
+        with one_line_errors():
+            run = Settings.from_flat(config).run
         if is_first_process() and not ex.observers:
-            ex.observers.append(FileStorageObserver(Path(settings.run.log_dir) / settings.run.exp_name))
+            ex.observers.append(FileStorageObserver(Path(run.log_dir) / run.exp_name))
     return {}
+
+
+def build_data(settings: Settings, tokenizer: Any) -> Any:
+    """The data module of these settings: their data set's records, and how its pictures are framed."""
+    from datamodules.datamodule import PairDataModule
+    from datamodules.readers import framing_of, read_records
+
+    data = settings.data
+    return PairDataModule(
+        records=read_records(
+            data.datasets, data.data_root, use_restval=data.use_restval, scenes_pictures=data.scenes_pictures
+        ),
+        tokenizer=tokenizer,
+        image_size=data.image_size,
+        max_text_len=data.max_text_len,
+        batch_size=data.batch_size,
+        per_gpu_batchsize=data.per_gpu_batchsize,
+        num_workers=data.num_workers,
+        seed=settings.run.seed,
+        on_bad_image=data.on_bad_image,
+        framing=framing_of(data.datasets),
+    )
+
+
+@ex.automain
+def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
+    """Train and evaluate, or only evaluate; returns the final figures, which Sacred records."""
+    with one_line_errors():
+        settings = Settings.from_flat(_config)
+        home = Path(settings.run.log_dir) / settings.run.exp_name
+        folder = Path(_run.observers[0].dir) if _run.observers else home / f"process-{os.getpid()}"
+
+        from datamodules.tokens import load_tokenizer  # torch and its kin are imported only now
+        from hacan import pipeline
+        from hacan.checkpoints import load_checkpoint
+
+        models, tokenizer, settings = pipeline.open_models(settings, load_tokenizer)
+        data = build_data(settings, tokenizer)
+        names = list(settings.run.checkpoint)
+        if not settings.run.test_only:
+            best = pipeline.train(settings, models[0], tokenizer, data, run_folder=folder, home=home)
+            if best is None:  # interrupted: the checkpoint is there, and the run goes on another time
+                return {}
+            models, names = [load_checkpoint(best)], [str(best)]
+        evaluation = pipeline.test(settings, models, names, data, run_folder=folder, home=home)
+        return evaluation.hierarchical._asdict()

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
@@ -26,7 +27,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         atomic_save(checkpoint, Path(path))
 
 
-class KeepCheckpoints(pl.Callback):
+class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the module, whose Rsum it needs
     """Keeps last.ckpt after every epoch (the one before it as previous.ckpt), and best.ckpt by validation Rsum.
 
     On SIGTERM (SLURM's notice before the time limit) the current optimiser step is finished, last.ckpt is written, and

@@ -77,7 +77,6 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
         limit_train_batches=2 if settings.run.fast_dev_run else None,
         callbacks=[KeepCheckpoints(checkpoint_folder), TQDMProgressBar(refresh_rate=10)],
         plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=False,  # Lightning's own; ours is KeepCheckpoints
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )

@@ -1,0 +1,230 @@
+"""What a run does with its parts: open or build the model, train it, evaluate it (METHOD sections 5 and 6).
+
+The data module and the tokenizer loader come as arguments: this package does not know where pictures come from.
+"""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from hacan.alignment import HybridAlignment, RevisedAlignment
+from hacan.build import build_model, model_settings
+from hacan.callbacks import BEST, LAST
+from hacan.checkpoints import (
+    Checkpoint,
+    describe_model,
+    open_checkpoint,
+    read_checkpoint,
+    tokenizer_from_description,
+)
+from hacan.errors import UserError
+from hacan.model import HACAN
+from hacan.retrieval.evaluate import Evaluation, Processes, Protocol, Split, evaluate
+from hacan.retrieval.features import hash_of_files
+from hacan.retrieval.members import Member, member_of
+from hacan.retrieval.table import format_table
+from hacan.settings import Settings
+from hacan.trainer import build_trainer, build_training, precision_here
+
+log = logging.getLogger(__name__)
+
+FOLLOWED = ("image_size", "max_text_len")  # data settings that belong to the model, and travel in its checkpoint
+EPOCH_FIGURES = ("r1_i2t", "r5_i2t", "r10_i2t", "r1_t2i", "r5_t2i", "r10_t2i", "rsum")
+
+
+def open_models(
+    settings: Settings, load_tokenizer: Callable[[str], PreTrainedTokenizerBase]
+) -> tuple[list[HACAN], PreTrainedTokenizerBase, Settings]:
+    """The models of `checkpoint`, or a new one; their tokenizer; and the settings, the model's part as it was trained.
+
+    A checkpoint of ours knows its architecture, alignment, tokenizer, image_size and max_text_len: those hold, whatever
+    the config says, because other values would evaluate another model. An ensemble's members must agree on the last
+    three, since they are shown the same pixels and tokens.
+    """
+    if not settings.run.checkpoint:
+        tokenizer = load_tokenizer(settings.data.tokenizer)
+        model = build_model(
+            settings.model,
+            image_size=settings.data.image_size,
+            score_memory=settings.eval.score_memory,
+            tokenizer=tokenizer,
+            trust=settings.run.trust_checkpoint,
+        )
+        return [model], tokenizer, settings
+    opened = [
+        open_checkpoint(
+            path,
+            trust=settings.run.trust_checkpoint,
+            settings=settings.model,
+            image_size=settings.data.image_size,
+            score_memory=settings.eval.score_memory,
+        )
+        for path in settings.run.checkpoint
+    ]
+    described = [checkpoint.description for checkpoint in opened if checkpoint.description is not None]
+    if not described:
+        return [checkpoint.model for checkpoint in opened], load_tokenizer(settings.data.tokenizer), settings
+    _check_ensemble(settings.run.checkpoint, opened)
+    kept = described[0]["settings"]
+    return (
+        [checkpoint.model for checkpoint in opened],
+        tokenizer_from_description(described[0]),
+        dataclasses.replace(
+            settings,
+            model=model_settings(kept),
+            data=dataclasses.replace(settings.data, **{key: kept[key] for key in FOLLOWED}),
+        ),
+    )
+
+
+def _check_ensemble(paths: tuple[str, ...], opened: list[Checkpoint]) -> None:
+    """Members of an ensemble must have been trained on the same kind of pixels and tokens."""
+    for key in (*FOLLOWED, "tokenizer"):
+        found = {}
+        for path, checkpoint in zip(paths, opened, strict=True):
+            if checkpoint.description is not None:
+                kept = checkpoint.description
+                found[path] = str(kept["tokenizer"] if key == "tokenizer" else kept["settings"][key])
+        if len(set(found.values())) > 1:
+            values = ", ".join(f"{path}: {value[:40]}" for path, value in found.items())
+            raise UserError(f"checkpoint: the members of the ensemble differ in {key} ({values}); evaluate them apart")
+
+
+def train(
+    settings: Settings,
+    model: HACAN,
+    tokenizer: PreTrainedTokenizerBase,
+    data: pl.LightningDataModule,
+    *,
+    run_folder: Path,
+    home: Path,
+) -> Path | None:
+    """Train, and return the best checkpoint; None when a signal ended the run before its last epoch."""
+    resume = resumed_checkpoint(settings, home)
+    if resume is not None:
+        read_checkpoint(resume, trust=settings.run.trust_checkpoint)  # a broken one is named before anything starts
+        log.warning("going on from %s", resume)
+    folder = resume.parent if resume is not None else Path(settings.run.save_path or run_folder / "checkpoints")
+    training = build_training(
+        settings,
+        model,
+        validate=partial(validate, settings=settings, data=data, home=home),
+        describe=partial(describe_model, model, settings, tokenizer),
+    )
+    trainer = build_trainer(settings, run_folder=run_folder, checkpoint_folder=folder)
+    trainer.fit(training, datamodule=data, ckpt_path=resume)
+    if trainer.current_epoch < settings.train.max_epoch:
+        return None
+    return folder / (BEST if (folder / BEST).is_file() else LAST)
+
+
+def resumed_checkpoint(settings: Settings, home: Path) -> Path | None:
+    """The file that `resume_from` means; `last`: last.ckpt of save_path, or of the newest run of this exp_name."""
+    wanted = settings.run.resume_from
+    if not wanted:
+        return None
+    if wanted != "last":
+        if not Path(wanted).is_file():
+            raise UserError(f"resume_from={wanted!r}: there is no such file; give a checkpoint, or last")
+        return Path(wanted)
+    places = [Path(settings.run.save_path)] if settings.run.save_path else home.glob("*/checkpoints")
+    found = [place / LAST for place in places if (place / LAST).is_file()]
+    if not found:
+        where = settings.run.save_path or f"{home}/*/checkpoints"
+        raise UserError(f"resume_from=last: there is no {LAST} in {where}; give the checkpoint's path")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def validate(model: HACAN, *, settings: Settings, data: Any, home: Path) -> dict[str, float]:
+    """Recalls of the validation split by hierarchical inference, in percent."""
+    device = next(model.parameters()).device
+    members = [_member(model, settings, name="validation", device=device)]
+    processes = processes_here()
+    folder = home / "features-validation" if processes.world_size > 1 else None
+    protocol = Protocol(top_k=settings.eval.inference_topk, coarse=settings.eval.coarse)
+    split = split_of(data, settings, "val", hashed=folder is not None)
+    done = evaluate(
+        members, split, protocol, feature_memory=settings.eval.feature_memory, folder=folder, processes=processes
+    )
+    processes.barrier()
+    if folder is not None and processes.rank == 0:
+        shutil.rmtree(folder)
+    return {name: getattr(done.hierarchical, name) for name in EPOCH_FIGURES}
+
+
+def test(
+    settings: Settings, models: list[HACAN], names: list[str], data: Any, *, run_folder: Path, home: Path
+) -> Evaluation:
+    """Evaluate on `eval_split`: prints the table, writes metrics.json and ranks.npz into the run's folder."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    members = [_member(model, settings, name=name, device=device) for model, name in zip(models, names, strict=True)]
+    processes = processes_here()
+    split = split_of(data, settings, settings.data.eval_split, hashed=True)
+    evaluation = evaluate(
+        members,
+        split,
+        protocol_of(settings),
+        feature_memory=settings.eval.feature_memory,
+        folder=home / "features",
+        bootstrap=settings.eval.bootstrap,
+        seed=settings.run.seed,
+        processes=processes,
+    )
+    if processes.rank == 0:
+        evaluation.save(run_folder)
+        print(f"\n{format_table(evaluation)}\n\nwrote {run_folder / 'metrics.json'}")
+    return evaluation
+
+
+def protocol_of(settings: Settings) -> Protocol:
+    """The protocol of these settings."""
+    return Protocol(top_k=settings.eval.inference_topk, coarse=settings.eval.coarse, fold5=settings.eval.fold5)
+
+
+def split_of(data: Any, settings: Settings, name: str, *, hashed: bool) -> Split:
+    """A split of the data module as the evaluator takes it; `hashed`: with the hash of its pictures' contents."""
+    part = data.eval_split(name)
+    return Split(
+        dataset=settings.data.datasets,
+        name=name,
+        ids=part.image_ids,
+        captions=part.captions,
+        image_of_text=part.image_of_text,
+        image_batches=partial(data.eval_images, name),
+        text_batches=partial(data.eval_texts, name),
+        batch_size=settings.data.per_gpu_batchsize,
+        images_hash=f"{hash_of_files(part.paths)} {settings.data.image_size}" if hashed else "",
+    )
+
+
+def processes_here() -> Processes:
+    """The place of this process among those of torch.distributed, or alone."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Processes()
+
+    def gather(shard: torch.Tensor) -> list[torch.Tensor]:
+        shards: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shards, shard)
+        return shards
+
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier, gather)
+
+
+def _member(model: HACAN, settings: Settings, *, name: str, device: torch.device) -> Member:
+    return member_of(
+        model,
+        name=name,
+        alignment={HybridAlignment: "hybrid", RevisedAlignment: "revised"}[type(model.alignment)],
+        direction=model.alignment.direction,
+        device=device,
+        precision=precision_here(settings.train, on_gpu=device.type == "cuda"),
+    )
