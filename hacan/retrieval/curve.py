@@ -178,32 +178,40 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 
 def plot_curve(curve: Curve, path: Path) -> None:
-    """Rsum and the ceilings over K, and the seconds over K, as a picture."""
+    """Rsum with the ceilings, seconds, and memory over K, as a picture."""
     from matplotlib.figure import Figure  # here, so that evaluating needs no plotting library
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    quality, cost = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    quality, cost, memory = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     k = np.arange(1, len(curve.values) + 1)
+    chosen = curve.suggested_k
     quality.plot(k, curve.rsum, color="#1f5a99", linewidth=2, label="hierarchical")
     quality.axhline(curve.rsum[-1], color="#1f5a99", linestyle="--", linewidth=1, label="all pairs, fine")
     quality.axhline(curve.coarse_rsum, color="#777777", linestyle=":", linewidth=1.5, label="coarse only")
-    chosen = curve.suggested_k
     quality.plot([chosen], [curve.rsum[chosen - 1]], "o", color="#c23b22", label=f"suggested: K = {chosen}")
-    quality.set(xscale="log", xlabel="K, length of the shortlist", ylabel="Rsum")
+    quality.set(ylabel="Rsum")
     ceiling = quality.twinx()
     ceiling.plot(k, curve.values[:, 0], color="#d98b1f", linewidth=1, label="ceiling, image to text")
     ceiling.plot(k, curve.values[:, 1], color="#6a9f3a", linewidth=1, label="ceiling, text to image")
-    ceiling.set(ylim=(0, 102), ylabel="queries with a correct item in the shortlist, %")
+    ceiling.set(ylim=(0, 102), ylabel="correct item in the shortlist, % of queries")
     handles = [handle for axes in (quality, ceiling) for handle in axes.get_legend_handles_labels()[0]]
     quality.legend(handles=handles, loc="lower right", fontsize=8, framealpha=0.9)
     cost.plot(list(curve.seconds), list(curve.seconds.values()), "o-", color="#1f5a99", label="hierarchical, measured")
     cost.axhline(curve.full_seconds, color="#1f5a99", linestyle="--", linewidth=1, label="all pairs, fine")
-    cost.axvline(chosen, color="#c23b22", linewidth=1, label=f"suggested: K = {chosen}")
-    cost.set(xscale="log", yscale="log", xlabel="K, length of the shortlist", ylabel="seconds, both directions")
-    cost.legend(loc="upper left", fontsize=8)
-    for axes in (quality, cost):
+    cost.set(ylabel="seconds, both directions", ylim=(0, None))
+    memory.plot(list(curve.host_peak_mib), list(curve.host_peak_mib.values()), "o-", color="#1f5a99", label="measured")
+    memory.set(ylabel="peak resident memory of the process, MiB", ylim=(0, None))
+    for axes in (quality, cost, memory):
+        axes.set(xscale="log", xlabel="K, length of the shortlist")
+        axes.set_xticks(_some_lengths(len(k))[:: 1 + len(k) // 2000], minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.tick_params(axis="x", rotation=45)
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
+    for axes in (cost, memory):
+        axes.axvline(chosen, color="#c23b22", linewidth=1, label=f"suggested: K = {chosen}")
+        axes.legend(loc="best", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def _some_lengths(longest: int) -> list[int]:
