@@ -1,5 +1,7 @@
 """Slow literal twins of the fast paths: straight from METHOD, one loop per index, nothing clever."""
 
+import math
+
 import torch
 
 # ------------------------------------------------------------------------------------------------------- alignment
@@ -129,3 +131,178 @@ def all_pairs(fine, images, texts, **arguments):
             row.append(fine(image, (texts.high[j][valid], texts.mid[j][valid]), **arguments))
         rows.append(torch.stack(row))
     return torch.stack(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+# Plain Python loops over pairs, as METHOD section 4 writes them. s(a, b) is the dot product.
+
+
+def loop_hard_negatives(scores, image_ids):
+    """(text of image, image of text), -1 where there is no negative; the first one on ties."""
+    count = len(scores)
+    text_of_image, image_of_text = [], []
+    for i in range(count):
+        others = [j for j in range(count) if image_ids[j] != image_ids[i]]
+        text_of_image.append(max(others, key=lambda j, i=i: scores[i][j]) if others else -1)
+        image_of_text.append(max(others, key=lambda j, i=i: scores[j][i]) if others else -1)
+    return text_of_image, image_of_text
+
+
+def loop_triplet(scores, text_of_image, image_of_text, margin):
+    """The sum over the batch."""
+    total = 0.0
+    for i in range(len(scores)):
+        if text_of_image[i] >= 0:
+            total += max(0.0, margin + scores[i][text_of_image[i]] - scores[i][i])
+        if image_of_text[i] >= 0:
+            total += max(0.0, margin + scores[image_of_text[i]][i] - scores[i][i])
+    return total
+
+
+def loop_triplet_all(scores, image_ids, margin):
+    total = 0.0
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if image_ids[i] != image_ids[j]:
+                total += max(0.0, margin + scores[i][j] - scores[i][i])
+                total += max(0.0, margin + scores[i][j] - scores[j][j])
+    return total
+
+
+def loop_global_loss(name, images, texts, text_of_image, image_of_text, margin):
+    """GCD, GCD_revised, F_HN, M_HN of lists of vectors."""
+
+    def s(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    count = len(images)
+    means, mixed = 0.0, []
+    for i in range(count):
+        positive = s(images[i], texts[i])
+        t, v = text_of_image[i], image_of_text[i]
+
+        def hinge(value, positive=positive):
+            return max(0.0, margin + value - positive)
+
+        if t >= 0:
+            means += hinge(s(images[i], texts[t]))
+            if name in ("F_HN", "GCD"):
+                means += hinge(s(texts[t], texts[i]))
+            if name == "GCD":
+                means += max(0.0, abs(s(images[i], images[t]) - s(texts[i], texts[t])) - 0.2)
+            if name == "GCD_revised":
+                means += hinge(s(texts[i], texts[t])) + abs(s(images[i], images[t]) - s(texts[i], texts[t]))
+        if v >= 0:
+            means += hinge(s(images[v], texts[i]))
+            if name in ("F_HN", "GCD"):
+                means += hinge(s(images[v], images[i]))
+            if name == "GCD":
+                means += max(0.0, abs(s(images[i], images[v]) - s(texts[i], texts[v])) - 0.2)
+            if name == "GCD_revised":
+                means += hinge(s(images[i], images[v])) + abs(s(images[i], images[v]) - s(texts[i], texts[v]))
+        if t >= 0 and v >= 0:
+            if name in ("F_HN", "GCD") and t == v:
+                means += hinge(s(images[v], texts[t]))
+            if name == "GCD_revised" and t != v:
+                mixed.append(hinge(s(images[v], texts[t])))
+    return means / count + (sum(mixed) / len(mixed) if mixed else 0.0)
+
+
+def loop_info_nce(images, texts, image_ids, temperature):
+    count, total = len(images), 0.0
+    for i in range(count):
+        kept = [j for j in range(count) if j == i or image_ids[j] != image_ids[i]]
+        for a, b in ((images, texts), (texts, images)):
+            logits = [sum(x * y for x, y in zip(a[i], b[j], strict=True)) / temperature for j in kept]
+            highest = max(logits)
+            total += highest + math.log(sum(math.exp(value - highest) for value in logits))
+            total -= sum(x * y for x, y in zip(a[i], b[i], strict=True)) / temperature
+    return total / (2 * count)
+
+
+# -------------------------------------------------------------------------------------------------------- retrieval
+# Lists of lists, scores[query][item]; correct(query, item) says what is right.
+
+
+def loop_rank(order, correct):
+    """Rank of the first correct item of an ordered list of items, inf where there is none."""
+    return next((float(rank) for rank, item in enumerate(order) if correct(item)), math.inf)
+
+
+def loop_hierarchical(coarse, fine, image_of_text, top_k):
+    """((ranks, lists) image to text, (ranks, lists) text to image) by sorting; wrong items first among equals."""
+    images, texts = len(coarse), len(image_of_text)
+    both = []
+    for queries, items, turned in ((images, texts, False), (texts, images, True)):
+        ranks, lists = [], []
+        for q in range(queries):
+            rough = [coarse[g][q] if turned else coarse[q][g] for g in range(items)]
+            exact = [fine[g][q] if turned else fine[q][g] for g in range(items)]
+            right = [image_of_text[q] == g if turned else image_of_text[g] == q for g in range(items)]
+            shortlist = sorted(range(items), key=lambda g: (-rough[g], right[g], g))[:top_k]
+            shortlist.sort(key=lambda g: (-exact[g], right[g]))
+            ranks.append(loop_rank(shortlist, right.__getitem__))
+            lists.append(shortlist)
+        both.append((ranks, lists))
+    return both
+
+
+def loop_bootstrap(ranks, k, resamples, generator):
+    """Recalls at k of resampled queries, one query at a time."""
+    found = []
+    for _ in range(resamples):
+        hits = [ranks[generator.integers(len(ranks))] < k for _ in ranks]
+        found.append(100.0 * sum(hits) / len(ranks))
+    return found
+
+# -------------------------------------------------------------------------------------------------------- backbones
+# A ConvNeXt with the parameter names of its first public files (`downsample_layers.0.0.weight`, `stages.2.26.dwconv`,
+# `.norm`, `.pwconv1`, `.pwconv2`, `.gamma`, `norm`, `head`), computed tensor by tensor from the paper's description.
+
+
+def original_convnext_state(depths, dims, classes):
+    """Random weights in the original naming."""
+    shapes = {"downsample_layers.0.0": (dims[0], 3, 4, 4), "downsample_layers.0.1": (dims[0],)}
+    for i in range(1, 4):
+        shapes[f"downsample_layers.{i}.0"] = (dims[i - 1],)
+        shapes[f"downsample_layers.{i}.1"] = (dims[i], dims[i - 1], 2, 2)
+    for i, (depth, width) in enumerate(zip(depths, dims, strict=True)):
+        for j in range(depth):
+            shapes |= {f"stages.{i}.{j}.dwconv": (width, 1, 7, 7), f"stages.{i}.{j}.norm": (width,)}
+            shapes |= {f"stages.{i}.{j}.pwconv1": (4 * width, width), f"stages.{i}.{j}.pwconv2": (width, 4 * width)}
+    shapes |= {"norm": (dims[3],), "head": (classes, dims[3])}
+    state = {f"stages.{i}.{j}.gamma": torch.rand(w) for i, w in enumerate(dims) for j in range(depths[i])}
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = torch.randn(shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+        state[f"{name}.bias"] = torch.randn(shape[0]) / 10
+    return state
+
+
+def original_convnext(state, pixels, depths):
+    """The third and the fourth stage's output [N, C, h, w], and the normalised mean of the fourth [N, C]."""
+
+    def norm(x, name):  # over the channels of [N, C, h, w] or [N, C]
+        centred = x - x.mean(dim=1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+        shape = (1, -1, 1, 1)[: x.ndim]
+        return scaled * state[f"{name}.weight"].view(shape) + state[f"{name}.bias"].view(shape)
+
+    def conv(x, name, **arguments):
+        return torch.nn.functional.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **arguments)
+
+    def linear(x, name):  # at each position
+        return torch.einsum("nchw,oc->nohw", x, state[f"{name}.weight"]) + state[f"{name}.bias"].view(1, -1, 1, 1)
+
+    x, outputs = pixels, []
+    for i, depth in enumerate(depths):
+        if i == 0:
+            x = norm(conv(x, "downsample_layers.0.0", stride=4), "downsample_layers.0.1")
+        else:
+            x = conv(norm(x, f"downsample_layers.{i}.0"), f"downsample_layers.{i}.1", stride=2)
+        for j in range(depth):
+            block = f"stages.{i}.{j}"
+            y = norm(conv(x, f"{block}.dwconv", padding=3, groups=x.shape[1]), f"{block}.norm")
+            y = linear(torch.nn.functional.gelu(linear(y, f"{block}.pwconv1")), f"{block}.pwconv2")
+            x = x + state[f"{block}.gamma"].view(1, -1, 1, 1) * y
+        outputs.append(x)
+    return outputs[2], outputs[3], norm(outputs[3].mean(dim=(2, 3)), "norm")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hacan.errors import UserError
 from hacan.retrieval.bootstrap import NAMES, paired_test
-from hacan.retrieval.receipt import check_comparable
+from hacan.retrieval.receipt import DATA_FIELDS, RULE_FIELDS, SYSTEM_FIELDS, check_comparable
 
 STAGES = ("hierarchical", "coarse")
 TITLES = dict(zip(NAMES, ("i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10", "Rsum"), strict=True))
@@ -33,11 +33,13 @@ def load_result(path: Path) -> SavedResult:
         content = json.loads(file.read_text())
         metrics = {stage: dict(content[stage]) for stage in STAGES}
         receipt = dict(content["receipt"])
+        for field in (*DATA_FIELDS, *RULE_FIELDS, *SYSTEM_FIELDS):
+            receipt[field]  # a receipt that leaves something open is none
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); give the folder of an evaluated run") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is not a metrics.json of ours ({error!r}); give the folder of an evaluated run"
+            f"{file} is no complete metrics.json ({error!r}); give the folder of an evaluated run"
         ) from error
     beside = file.with_name("ranks.npz")
     try:
@@ -83,7 +85,7 @@ def compare_results(
             )
     lines += [
         "",
-        f"p: sign-flip test over queries, two-sided, {resamples:,} flips; interval: paired bootstrap over queries",
+        f"p: two-sided sign-flip test over queries, {resamples:,} flips; interval: paired bootstrap over queries",
     ]
     return "\n".join(lines)
 
