@@ -131,6 +131,13 @@ def _image_backbone(settings: ModelSettings, *, image_size: int, load_weights: b
 def _fitted(state: dict[str, torch.Tensor], backbone: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict as timm fits it to the model (older namings, position embeddings of another picture size)."""
     own = backbone.state_dict()
+    for key, value in own.items():  # a Linear and a 1 x 1 convolution hold the same numbers
+        if (
+            key in state
+            and {state[key].ndim, value.ndim} == {2, 4}
+            and state[key].squeeze().shape == value.squeeze().shape
+        ):
+            state[key] = state[key].reshape(value.shape)
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if convert is None or all(key in state and state[key].shape == value.shape for key, value in own.items()):
         return state

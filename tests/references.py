@@ -255,6 +255,7 @@ def loop_bootstrap(ranks, k, resamples, generator):
         found.append(100.0 * sum(hits) / len(ranks))
     return found
 
+
 # -------------------------------------------------------------------------------------------------------- backbones
 # A ConvNeXt with the parameter names of its first public files (`downsample_layers.0.0.weight`, `stages.2.26.dwconv`,
 # `.norm`, `.pwconv1`, `.pwconv2`, `.gamma`, `norm`, `head`), computed tensor by tensor from the paper's description.
