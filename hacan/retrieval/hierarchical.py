@@ -236,7 +236,7 @@ def merge_shards(pairs: Tensor, shards: list[Tensor]) -> Tensor:
                 f"shard {rank} of {len(shards)} holds {len(shard)} scores for {len(places)} pairs; pass the shards of "
                 "every process, in the order of their ranks, made from the same pairs"
             )
-        scores[places] = shard
+        scores[places] = shard.to(scores.dtype)
     return scores
 
 
