@@ -1,7 +1,6 @@
 """A checkpoint becomes a folder to share: safetensors, config, tokenizer files, and a model card with its receipt."""
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from hacan.errors import UserError
 from hacan.onnx_export import OnnxFile, export_onnx
 from hacan.retrieval.features import hash_of_tensors
 from hacan.settings import ModelSettings
-
-log = logging.getLogger(__name__)
 
 # What inference must know beside the model's own settings. Folders of the training machine stay there.
 KEPT = (*ModelSettings.__dataclass_fields__, "image_size", "max_text_len", "datasets")

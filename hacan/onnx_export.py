@@ -1,6 +1,6 @@
 """The two encoders as ONNX files, each checked against PyTorch in onnxruntime before it counts as exported."""
 
-import logging
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from hacan.errors import UserError
 from hacan.model import HACAN
-
-log = logging.getLogger(__name__)
 
 OUTPUTS = ("high", "mid", "pooled")
 OPSET = 18
@@ -92,17 +90,21 @@ def _export(
     if "token_ids" in inputs:
         outputs["high"], outputs["mid"] = {0: first, 1: "tokens"}, {0: first, 1: "tokens"}
     # The tracing exporter (dynamo=False): the other one gives the same numbers, but took 5 to 16 s an encoder of the
-    # tests' size where this one takes 0.4 to 1.5 s (torch 2.11), and wants onnxscript too.
-    torch.onnx.export(
-        module,
-        example,
-        path,
-        dynamo=False,
-        opset_version=OPSET,
-        input_names=list(inputs),
-        output_names=list(OUTPUTS),
-        dynamic_axes={**inputs, **outputs},
-    )
+    # tests' size where this one takes 0.4 to 1.5 s (torch 2.11), and wants onnxscript too. It warns of each shape that
+    # it may have taken for a constant; whether it did is checked below, with numbers.
+    with warnings.catch_warnings():
+        for kind in (torch.jit.TracerWarning, DeprecationWarning, UserWarning):
+            warnings.simplefilter("ignore", kind)
+        torch.onnx.export(
+            module,
+            example,
+            path,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(OUTPUTS),
+            dynamic_axes={**inputs, **outputs},
+        )
     found = OnnxFile(path, _difference(module, path, names=list(inputs), check=check))
     if not found.difference <= TOLERANCE:
         path.unlink()

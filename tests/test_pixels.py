@@ -1,0 +1,64 @@
+"""Pixels for inference: the same numbers as the evaluation's, and errors that name the file."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from datamodules.pictures import read_picture as read_for_evaluation
+from datamodules.transforms import PHOTOS, SCENES, evaluation_transform, normalise
+from hacan.errors import UserError
+from hacan.pixels import MEAN, STD, evaluation_pixels, read_picture
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (9, 200), (600, 20), (1, 1)])
+@pytest.mark.parametrize("framing", [PHOTOS, SCENES], ids=["photos", "scenes"])
+def test_are_those_of_the_evaluation(shape, framing):
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    found = evaluation_pixels(picture, image_size=48, centre_crop=framing.centre_crop)
+    assert found.shape == (3, 48, 48) and found.dtype == torch.float32
+    assert torch.equal(found, normalise(evaluation_transform(48, framing)(picture)[None])[0])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_files_are_decoded_as_in_the_evaluation(tmp_path, suffix, channels):
+    if suffix == ".jpg" and channels == 4:
+        channels = 1
+    picture = np.random.default_rng(1).integers(0, 256, (11, 17, channels), dtype=np.uint8)
+    assert cv2.imwrite(str(tmp_path / f"a{suffix}"), picture)
+    found = read_picture(tmp_path / f"a{suffix}")
+    assert found.shape == (11, 17, 3) and found.dtype == np.uint8
+    assert np.array_equal(found, read_for_evaluation(tmp_path / f"a{suffix}"))
+
+
+def test_channels_come_as_red_green_blue_and_normalised(tmp_path):
+    picture = np.zeros((20, 30, 3), np.uint8)
+    picture[..., 2] = 255  # red, as OpenCV writes it
+    cv2.imwrite(str(tmp_path / "red.png"), picture)
+    pixels = evaluation_pixels(read_picture(tmp_path / "red.png"), image_size=32)
+    for channel, value in enumerate((1.0, 0.0, 0.0)):
+        expected = (value - MEAN[channel]) / STD[channel]
+        torch.testing.assert_close(pixels[channel], torch.full((32, 32), expected))
+
+
+def test_the_centre_is_cut_out_at_224_of_256():
+    picture = np.zeros((256, 356, 3), np.uint8)
+    picture[16:240, 66:290] = 255  # exactly what a crop of 224 shows
+    white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(evaluation_pixels(picture, image_size=224), white[:, None, None].expand(3, 224, 224))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"picture .*nosuch.jpg cannot be read: No such file"):
+        read_picture(tmp_path / "nosuch.jpg")
+    for content in (b"", b"no picture at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 50):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"picture .*bad.png cannot be decoded"):
+            read_picture(tmp_path / "bad.png")
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 3)), np.zeros((3, 4, 5), np.uint8)])
+def test_wrong_arrays_are_named(array):
+    with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\], RGB"):
+        evaluation_pixels(array, image_size=32)
