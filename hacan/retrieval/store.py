@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -112,42 +113,53 @@ class RowStore:
 def write_atomically(path: Path, text: str) -> None:
     """The file is there in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def _map_file(path: Path, spec: ArraySpec) -> Tensor:
-    """The array of a file, mapped; made, with its room on the disk taken, where there is none of that kind."""
+    """The array of a file, mapped; made where there is none of that kind."""
     numpy_type = torch.empty(0, dtype=spec.dtype).numpy().dtype
-    if path.is_file():
-        try:
-            array = np.lib.format.open_memmap(path, mode="r+")
-            if array.shape == spec.shape and array.dtype == numpy_type:
-                return torch.from_numpy(array)
-        except (ValueError, OSError):
-            pass  # not an array, or cut short: made anew, and its journal's checksums will not fit
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        array = np.lib.format.open_memmap(fresh, mode="w+", dtype=numpy_type, shape=spec.shape)
-        with open(fresh, "r+b") as file:  # a map over a hole of a full disk would kill the process later
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(fresh))
-        if path.exists():
-            os.replace(fresh, path)
-        else:
-            os.link(fresh, path)  # fails where another process was first
-            fresh.unlink()
-    except FileExistsError:
-        fresh.unlink()
-        return _map_file(path, spec)
+        if path.is_file():
+            array = _opened(path)
+            if array is not None and array.shape == spec.shape and array.dtype == numpy_type:
+                _take_room(path)
+                return torch.from_numpy(array)
+        fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+        try:
+            array = np.lib.format.open_memmap(fresh, mode="w+", dtype=numpy_type, shape=spec.shape)
+            _take_room(fresh)
+            if path.exists():
+                os.replace(fresh, path)
+            else:
+                os.link(fresh, path)  # fails where another process was first
+        except FileExistsError:
+            return _map_file(path, spec)
+        finally:
+            fresh.unlink(missing_ok=True)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free // MIB
         raise UserError(
             f"the features need {spec.bytes // MIB} MiB in {path}, where {free} MiB are free ({error.strerror}): make "
             "room, or point log_dir at another disk"
         ) from error
     return torch.from_numpy(array)
+
+
+def _opened(path: Path) -> np.memmap | None:
+    """The array of a file; None where it is none: it is made anew, and what the journal says will not fit it."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r+")
+    except ValueError:
+        return None
+
+
+def _take_room(path: Path) -> None:
+    """Have the disk hold the whole file: writing through a map into a hole of a full disk would kill the process."""
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
 def _lines(path: Path) -> Sequence[dict]:
