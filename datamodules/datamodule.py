@@ -111,6 +111,11 @@ class PairDataModule(pl.LightningDataModule):
         """Lightning calls this with what `state_dict` gave, before it asks for the loader."""
         self.set_progress(state_dict["epoch"], state_dict["batch"])
 
+    def teardown(self, stage: str) -> None:
+        """Lightning calls this as a run ends: so do the workers."""
+        if self._training is not None:
+            self._training.stop()
+
     @property
     def skipped(self) -> dict[str, str]:
         """Unreadable pictures that the running epoch has left out: path and reason."""

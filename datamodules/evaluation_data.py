@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datamodules.collate import BadPicture, pad_tokens
 from datamodules.pictures import read_picture
 from datamodules.records import CaptionedImage
 from datamodules.tokens import TokenTable
-from datamodules.training_data import quiet_worker, workers_watched
 from datamodules.transforms import Transform, normalise
+from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
 
 
@@ -46,22 +46,20 @@ class EvaluationImages:
     def __init__(
         self, paths: Sequence[str], rows: Sequence[int], *, transform: Transform, batch_size: int, num_workers: int
     ) -> None:
-        self._num_workers = num_workers
-        self._loader = DataLoader(
+        self._loader = WatchedLoader(
             _Pictures(np.array([paths[row] for row in rows], dtype=np.str_), list(rows), transform),
+            num_workers=num_workers,
             batch_size=batch_size,
             collate_fn=_stack,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=quiet_worker,
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows, pixels, bad in workers_watched(self._loader, self._num_workers):
+        for rows, pixels, bad in self._loader:
             if bad:
+                self._loader.stop()
                 raise UserError(f"{bad[0].reason}; an evaluation needs every picture of its split")
             yield rows, pixels
 

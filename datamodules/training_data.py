@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datamodules.collate import BadPicture, Pair, PairCollator
 from datamodules.pictures import read_picture
 from datamodules.sampling import TrainingOrder, derived_seed
 from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
+from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
 from hacan.types import PairBatch
 
@@ -78,16 +78,14 @@ class TrainingLoader:
         self, pairs: TrainingPairs, order: TrainingOrder, *, padding_id: int, num_workers: int, on_bad_image: str
     ) -> None:
         self.sampler = order  # the name by which Lightning finds set_epoch
-        self._on_bad_image, self._num_workers = on_bad_image, num_workers
+        self._on_bad_image = on_bad_image
         self.skipped: dict[str, str] = {}  # path -> reason, of the epoch that runs
-        self._loader = DataLoader(
+        self._loader = WatchedLoader(
             pairs,
+            num_workers=num_workers,
             batch_sampler=order,
             collate_fn=PairCollator(padding_id=padding_id),
-            num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=quiet_worker,
         )
 
     def __len__(self) -> int:
@@ -98,7 +96,7 @@ class TrainingLoader:
         self.skipped = {}
         position = self.sampler.next_batch
         epoch = self.sampler.epoch
-        for batch, bad in workers_watched(self._loader, self._num_workers):
+        for batch, bad in self._loader:
             position += 1
             self._note_bad(bad, nothing_left=batch is None)
             if position == len(self):
@@ -106,11 +104,17 @@ class TrainingLoader:
             self.sampler.set_position(epoch, position)
             yield batch
 
+    def stop(self) -> None:
+        """End the worker processes; the next iteration starts new ones."""
+        self._loader.stop()
+
     def _note_bad(self, bad: list[BadPicture], *, nothing_left: bool) -> None:
         if bad and self._on_bad_image == "error":
+            self.stop()
             raise UserError(f"{bad[0].reason}; on_bad_image=skip trains without such pictures")
         self.skipped.update({picture.path: picture.reason for picture in bad})
         if nothing_left:
+            self.stop()
             raise UserError(
                 f"a batch has no readable picture left: {bad[0].reason}; run scripts/check_data.py --decode"
             )
@@ -127,21 +131,3 @@ class TrainingLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.sampler.set_position(state["epoch"], state["batch"])
-
-
-def quiet_worker(_: int) -> None:
-    """One thread per worker: OpenCV's thread pool does not survive a fork, and the workers are the parallelism."""
-    cv2.setNumThreads(0)
-
-
-def workers_watched(loader: DataLoader, num_workers: int) -> Iterator[Any]:
-    """What `loader` yields; a worker that died is one line for a person."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a process that decodes pictures died ({' '.join(str(error).split())}); most often memory, or /dev/shm, "
-            f"is full: try fewer than num_workers={num_workers}"
-        ) from error
