@@ -38,6 +38,7 @@ class Checkpoint(NamedTuple):
 
     model: HACAN
     kind: str  # "hacan", "release" or "plain"
+    settings: ModelSettings  # those that the model was built with
     description: dict[str, Any] | None  # ours: what `describe_model` wrote
     mapped: dict[str, str]  # its name of a tensor -> ours
     ignored: list[str]  # its names without a use here
@@ -71,6 +72,7 @@ def open_checkpoint(
     state = {names[key]: value for key, value in tensors.items()}
     if isinstance(description, Mapping):
         kind, model = "hacan", model_from_description(description, score_memory=score_memory)
+        settings = model_settings(description["settings"])
     elif is_release(state):
         kind = "release"
         names = {key: name_of_release(name) for key, name in names.items()}
@@ -91,6 +93,7 @@ def open_checkpoint(
     found = Checkpoint(
         model=model.eval(),
         kind=kind,
+        settings=settings,
         description=dict(description) if kind == "hacan" else None,
         mapped={key: name for key, name in names.items() if name in own},
         ignored=[key for key, name in names.items() if name not in own],

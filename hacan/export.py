@@ -123,11 +123,12 @@ def _card(settings: Mapping[str, Any], parameters: int, source: str, receipt: st
         f"- `{file.path.name}`: ONNX; largest relative difference to PyTorch in onnxruntime {file.difference:.1e}\n"
         for file in exported
     )
+    arguments = f" with {settings['image_encoder_args']}" if settings["image_encoder_args"] else ""
     return f"""# HACAN for image-text retrieval
 
 Hybrid attention-driven cross-layer alignment: pictures and captions in, one score a pair out.
 
-- image encoder: `{settings["image_encoder"]}` {settings["image_encoder_args"] or ""} (started from
+- image encoder: `{settings["image_encoder"]}`{arguments} (started from
   `{settings["image_weights"]}`), pictures of {settings["image_size"]} x {settings["image_size"]} pixels
 - text encoder: `{settings["text_encoder"]}` (started from `{settings["text_weights"]}`), captions of at most
   {settings["max_text_len"]} tokens

@@ -59,6 +59,7 @@ def test_ours_comes_back_whole(ours, pixels, captions):
     found = open_checkpoint(path)
     assert (found.kind, found.ignored, len(found.mapped)) == ("hacan", [], len(model.state_dict()))
     assert found.mapped["model.project_text_mid.bias"] == "project_text_mid.bias"
+    assert (found.settings.embed_dim, found.settings.text_levels) == (18, (-2, -1))
     same(features(found.model, pixels, captions), features(model, pixels, captions))
     assert not load_checkpoint(path).training
 
@@ -222,6 +223,7 @@ def test_the_releases_features_are_ours(release, pixels, captions):
     theirs, path = release
     found = open_checkpoint(path, image_size=64)
     assert found.kind == "release"
+    assert found.settings.image_encoder_args == {"depths": DEPTHS, "dims": DIMS} and found.settings.embed_dim == WIDTH
     images, texts = found.model.encode_images(pixels), found.model.encode_texts(*captions)
     ours = dict(
         zip(

@@ -27,6 +27,7 @@ ROOMS = [
     "hacan.training",
     "hacan.trainer",
     "hacan.retrieval",
+    "hacan.pipeline",
     "hacan.onnx_export",
     "hacan.export",
     "hacan.report",
