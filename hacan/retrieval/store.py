@@ -122,7 +122,8 @@ def _map_file(path: Path, spec: ArraySpec) -> Tensor:
     """The array of a file, mapped; made where there is none of that kind."""
     numpy_type = torch.empty(0, dtype=spec.dtype).numpy().dtype
     try:
-        if path.is_file():
+        spoilt = path.is_file()
+        if spoilt:
             array = _opened(path)
             if array is not None and array.shape == spec.shape and array.dtype == numpy_type:
                 _take_room(path)
@@ -131,7 +132,7 @@ def _map_file(path: Path, spec: ArraySpec) -> Tensor:
         try:
             array = np.lib.format.open_memmap(fresh, mode="w+", dtype=numpy_type, shape=spec.shape)
             _take_room(fresh)
-            if path.exists():
+            if spoilt:
                 os.replace(fresh, path)
             else:
                 os.link(fresh, path)  # fails where another process was first
