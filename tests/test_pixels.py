@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.framing import PHOTOS, SCENES
 from datamodules.pictures import read_picture as read_for_evaluation
-from datamodules.transforms import PHOTOS, SCENES, evaluation_transform, normalise
+from datamodules.transforms import evaluation_transform, normalise
 from hacan.errors import UserError
 from hacan.pixels import MEAN, STD, evaluation_pixels, read_picture
 
