@@ -8,11 +8,12 @@ import pytorch_lightning as pl
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.evaluation_data import EvaluationImages, EvaluationSplit, EvaluationTexts
+from datamodules.framing import PHOTOS, Framing
 from datamodules.records import CaptionedImage, of_split
 from datamodules.sampling import TrainingOrder
 from datamodules.tokens import TokenTable, tokenise
 from datamodules.training_data import TrainingLoader, TrainingPairs
-from datamodules.transforms import PHOTOS, Framing, evaluation_transform, training_transform
+from datamodules.transforms import evaluation_transform, training_transform
 from hacan.errors import UserError
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from datamodules.captions_file import read_captions_file
 from datamodules.coco_ids import read_coco_ids
+from datamodules.framing import PHOTOS, SCENES, Framing
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, read_karpathy
 from datamodules.records import SPLITS, CaptionedImage
 from datamodules.scene_drawing import read_scenes
-from datamodules.transforms import PHOTOS, SCENES, Framing
 from hacan.errors import UserError
 
 NAMES = ("f30k", "f8k", "coco", "captions", "scenes")

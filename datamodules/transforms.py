@@ -1,7 +1,6 @@
 """Pixels: a decoded picture to the normalised square that the image encoder reads (METHOD section 1)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,27 +8,12 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from datamodules.framing import Framing
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, RGB
 STD = (0.229, 0.224, 0.225)
 
 Transform = Callable[[np.ndarray], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Framing:
-    """How a picture is cut to a square: at random in training, always in the same way in evaluation."""
-
-    crop_area: tuple[float, float]  # share of the picture's area that a training crop covers
-    crop_ratio: tuple[float, float]  # width over height of a training crop
-    flip: bool  # mirror half of the training pictures
-    centre_crop: bool  # evaluation: the centre of the picture; False: all of it, squeezed to a square
-
-
-PHOTOS = Framing(crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, centre_crop=True)
-"""METHOD section 1: RandomResizedCrop and a flip; evaluation on the centre, at 256/224 of the size before."""
-
-SCENES = Framing(crop_area=(0.8, 1.0), crop_ratio=(1.0, 1.0), flip=False, centre_crop=False)
-"""The embedded demo: its captions say left and right, and name every shape. No flip, no crop that cuts a shape away."""
 
 
 def training_transform(image_size: int, framing: Framing) -> Transform:

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.datamodule import PairDataModule
+from datamodules.framing import PHOTOS
 from datamodules.records import CaptionedImage
 from datamodules.sampling import TrainingOrder, derived_seed
 from datamodules.tokens import load_tokenizer
 from datamodules.training_data import seeded
-from datamodules.transforms import PHOTOS, evaluation_transform, normalise
+from datamodules.transforms import evaluation_transform, normalise
 from hacan.errors import UserError
 from hacan.types import PairBatch
 

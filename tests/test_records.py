@@ -6,9 +6,9 @@ import pytest
 from bad_json import error_of
 
 import datamodules.records
+from datamodules.framing import PHOTOS, SCENES
 from datamodules.readers import NAMES, framing_of, read_records
 from datamodules.records import CaptionedImage, of_split
-from datamodules.transforms import PHOTOS, SCENES
 from hacan.settings import DATASETS
 
 RECORDS = [CaptionedImage(Path(f"{i}.jpg"), ("x",) * i, i, split) for i, split in enumerate(["val", "train", "val"])]

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
+from datamodules.framing import PHOTOS, SCENES
 from datamodules.picture_size import header_size
 from datamodules.pictures import PIXEL_LIMIT, read_picture
-from datamodules.transforms import MEAN, PHOTOS, SCENES, STD, evaluation_transform, normalise, training_transform
+from datamodules.transforms import MEAN, STD, evaluation_transform, normalise, training_transform
 from hacan.pixels import evaluation_pixels
 
 RGB = (200, 100, 50)
