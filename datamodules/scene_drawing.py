@@ -99,9 +99,8 @@ def write_scenes(
         staging = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
         try:
             images = _make(staging, dict(counts), seed=seed, picture_size=picture_size, progress=progress)
-            shutil.rmtree(pictures, ignore_errors=True)
             os.chmod(staging, 0o755)
-            os.replace(staging, pictures)
+            _put_in_place(staging, pictures)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -120,6 +119,23 @@ def write_scenes(
             f"the demo's pictures could not be written to {folder}: {error}; give a folder to write in, data_root=PATH"
         ) from error
     return target
+
+
+def _put_in_place(staging: Path, pictures: Path) -> None:
+    """`staging` becomes `pictures`, unless another process has put the same pictures there by now and reads them."""
+    names = set(os.listdir(staging))
+
+    def there() -> bool:
+        return pictures.is_dir() and names <= set(os.listdir(pictures))
+
+    if not there():
+        shutil.rmtree(pictures, ignore_errors=True)
+        try:
+            os.replace(staging, pictures)
+        except OSError:
+            if not there():
+                raise
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _make(folder: Path, counts: dict[str, int], *, seed: int, picture_size: int, progress: bool) -> list[dict]:

@@ -191,6 +191,14 @@ def test_a_run_that_is_interrupted_leaves_nothing_that_looks_complete(tmp_path, 
     assert len(read(tmp_path)) == sum(COUNTS.values())
 
 
+def test_processes_that_draw_at_the_same_time_leave_each_others_pictures_alone(folder):
+    records = read(folder)
+    before = {record.path: record.path.stat().st_ino for record in records}
+    write_scenes(folder, counts=COUNTS, picture_size=48, progress=False)  # the slower one, which saw nothing at first
+    assert {record.path: record.path.stat().st_ino for record in read(folder)} == before
+    assert not list(folder.glob(".*"))
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
