@@ -1,4 +1,4 @@
-"""Time and peak memory of an evaluation of COCO-5K size, stage by stage, on synthetic features; and what encoding costs.
+"""Time and peak memory of an evaluation of COCO-5K size, by stage, on drawn features; and what encoding costs.
 
     python scripts/benchmark_evaluation.py                       # 5,000 images, 25,000 captions; fine stage on a share
     python scripts/benchmark_evaluation.py --share 1             # the whole fine stage
@@ -39,7 +39,23 @@ from hacan.types import EncodedImages, EncodedTexts, Gallery
 
 HIGH, MID = 49, 196  # regions of ConvNeXt at 224 pixels
 LONGEST = 32  # tokens of a caption
-WORDS = "a the man woman dog cat red blue small big sits stands runs on in near with street table grass water".split()
+WORDS = [
+    "a",
+    "the",
+    "man",
+    "woman",
+    "dog",
+    "cat",
+    "red",
+    "small",
+    "sits",
+    "runs",
+    "on",
+    "in",
+    "near",
+    "street",
+    "water",
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
