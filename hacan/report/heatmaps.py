@@ -1,0 +1,171 @@
+"""Word-by-region heatmaps of one picture and one caption, laid over the picture that the model sees.
+
+>>> model = hacan.load_pretrained("exported")
+>>> found = explain(model, "dog.jpg", "a dog on a beach")
+>>> overlay(found.picture, found.streams[0].grids[1], *found.streams[0].range)  # [H, W, 3] uint8: "dog", KSF
+>>> figure(found).savefig("dog.png")
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hacan.errors import UserError
+from hacan.pixels import MEAN, STD, evaluation_pixels, read_picture
+from hacan.pretrained import Pretrained
+from hacan.report.attention import pair_attention
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STREAM_NAMES = {"ksf": "KSF", "lrg_high": "LRG high", "lrg_mid": "LRG mid"}
+COLORMAP = "inferno"  # perceptually even; dark where the weight is small
+ALPHA = 0.6
+WORDS_PER_LINE = 8  # of a figure
+
+
+class Word(NamedTuple):
+    """A word of a caption, and the tokens that it became."""
+
+    text: str  # as it stands in the caption
+    tokens: tuple[int, ...]  # places among the tokens of the caption
+    special: bool = False  # [CLS], [SEP]
+
+
+class StreamMaps(NamedTuple):
+    """The maps of one stream over the words."""
+
+    stream: str  # ksf, lrg_high, lrg_mid
+    grids: np.ndarray  # [words, rows, columns] float32
+    unit: str
+    score: float  # what this stream adds to the fine similarity
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest value over all words: one scale for the stream, so that words can be compared."""
+        return float(self.grids.min()), float(self.grids.max())
+
+
+class Explanation(NamedTuple):
+    """A pair, and what each stream looked at for each word."""
+
+    picture: np.ndarray  # [H, W, 3] uint8 RGB: what the model sees of the picture
+    caption: str
+    words: list[Word]
+    streams: list[StreamMaps]
+
+    @property
+    def score(self) -> float:
+        """Fine similarity of the pair."""
+        return sum(stream.score for stream in self.streams)
+
+
+def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: str) -> Explanation:
+    """The heatmaps of a picture (a file, or uint8 [H, W, 3] RGB) and a caption; pieces of a word are averaged."""
+    array = picture if isinstance(picture, np.ndarray) else read_picture(picture)
+    size = pretrained.image_size
+    seen = picture_of(evaluation_pixels(array, image_size=size, centre_crop=pretrained.centre_crop))
+    attention = pair_attention(
+        pretrained.model.alignment, pretrained.encode_images([array]), pretrained.encode_texts([caption])
+    )
+    mid, high = pretrained.model.region_grids(height=size, width=size)
+    words = words_of(caption, pretrained.tokenizer, max_text_len=pretrained.max_text_len)
+    some = next(iter(attention.values())).values
+    words = [word for word in words if not torch.isnan(some[list(word.tokens)]).any()]
+    streams = []
+    for name, found in attention.items():
+        rows, columns = mid if name == "lrg_mid" else high
+        by_word = torch.stack([found.values[list(word.tokens)].mean(0) for word in words])
+        streams.append(StreamMaps(name, by_word.view(-1, rows, columns).numpy(), found.unit, found.score))
+    return Explanation(seen, caption, words, streams)
+
+
+def words_of(caption: str, tokenizer: PreTrainedTokenizerBase, *, max_text_len: int) -> list[Word]:
+    """The words of a caption as far as the model reads it, with their tokens; special tokens as words of their own."""
+    encoded = tokenizer(caption, truncation=True, max_length=max_text_len, return_offsets_mapping=True)
+    names = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    words: list[Word] = []
+    last = None
+    for place, (word_id, (start, end)) in enumerate(zip(encoded.word_ids(), encoded["offset_mapping"], strict=True)):
+        if word_id is None:
+            words.append(Word(names[place], (place,), special=True))
+        elif word_id == last:
+            words[-1] = Word(words[-1].text + caption[start:end], (*words[-1].tokens, place))
+        else:
+            words.append(Word(caption[start:end], (place,)))
+        last = word_id
+    return words
+
+
+def picture_of(pixels: Tensor) -> np.ndarray:
+    """Normalised pixels [3, H, W] -> the picture again, [H, W, 3] uint8 RGB."""
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def upsample(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[rows, columns] -> [height, width], bilinear between the centres of the cells; never beyond their values."""
+    cells = torch.from_numpy(np.ascontiguousarray(grid, np.float32))[None, None]
+    return torch.nn.functional.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False)[
+        0, 0
+    ].numpy()
+
+
+def overlay(picture: np.ndarray, grid: np.ndarray, low: float, high: float, *, alpha: float = ALPHA) -> np.ndarray:
+    """The map [rows, columns] as colours from `low` to `high`, over the picture [H, W, 3] uint8 -> the same shape."""
+    values = upsample(grid, *picture.shape[:2])
+    scaled = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+    colours = colormaps[COLORMAP](scaled)[..., :3] * 255
+    return np.rint(picture * (1 - alpha) + colours * alpha).astype(np.uint8)
+
+
+def figure(found: Explanation, *, alpha: float = ALPHA) -> "Figure":
+    """All words (special tokens left out), a row per stream, each stream with one scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    places = [place for place, word in enumerate(found.words) if not word.special]
+    lines = [places[at : at + WORDS_PER_LINE] for at in range(0, len(places), WORDS_PER_LINE)] or [[]]
+    columns = 1 + max(1, len(lines[0]))
+    rows = len(lines) * len(found.streams)
+    drawn = Figure(figsize=(1.5 * columns + 1.1, 1.75 * rows + 0.9), layout="constrained")
+    drawn.suptitle(_plain(f"{found.caption}\nfine similarity {found.score:.3f}"), fontsize=11, wrap=True)
+    axes = drawn.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, shown in enumerate(lines):
+        for k, stream in enumerate(found.streams):
+            row = axes[line * len(found.streams) + k]
+            low, high = stream.range
+            row[0].imshow(found.picture)
+            row[0].set_title(f"{STREAM_NAMES[stream.stream]}: {stream.score:+.3f}", fontsize=9)
+            for axis, place in zip(row[1:], shown, strict=False):
+                axis.imshow(overlay(found.picture, stream.grids[place], low, high, alpha=alpha))
+                axis.set_title(_plain(found.words[place].text), fontsize=9)
+            scale = ScalarMappable(Normalize(low, high if high > low else low + 1e-6), COLORMAP)
+            bar = drawn.colorbar(scale, ax=list(row), fraction=0.03, pad=0.01)
+            bar.ax.tick_params(labelsize=7)
+            bar.set_label(stream.unit.replace(", ", ",\n"), fontsize=7)
+    return drawn
+
+
+def save_figure(found: Explanation, path: Path, *, alpha: float = ALPHA) -> None:
+    """Write the figure; the ending of `path` says the format."""
+    formats = ("png", "jpg", "jpeg", "pdf", "svg", "webp")
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise UserError(f"{path} names no picture format: end it in .{', .'.join(formats)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure(found, alpha=alpha).savefig(path, dpi=110)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; give another place") from error
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # a caption is no formula
