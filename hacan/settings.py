@@ -186,7 +186,7 @@ def _checked(key: str, value: Any, kind: Any, rule: Mapping[str, Any]) -> Any:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Plain Python values from what people type and what Sacred makes of it (its lists and dicts are classes of its own)."""
+    """Plain Python values from what people type and from Sacred's own list and dict classes."""
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, Mapping):
@@ -210,7 +210,7 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _keywords(key: str, text: str) -> dict[str, Any]:
-    """Arguments written as in a call, "depths=[1, 2], dims=[8, 16]": Sacred rejects keys that a named config adds to a dict."""
+    """Arguments as in a call, "depths=[1, 2]": text, because Sacred rejects keys that a named config adds to a dict."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         if call.args:
@@ -243,7 +243,8 @@ def _check_together(settings: Settings) -> None:
     if data.batch_size % (min(data.per_gpu_batchsize, data.batch_size) * processes):
         raise UserError(
             f"batch_size={data.batch_size} is not a multiple of per_gpu_batchsize={data.per_gpu_batchsize} times "
-            f"{processes} process(es) (num_gpus x num_nodes): gradients could not accumulate up to it evenly"
+            f"{processes} process(es) (num_gpus x num_nodes): give a per_gpu_batchsize whose multiple it is, since "
+            "gradients accumulate up to batch_size"
         )
     for key in ("image_levels", "text_levels"):
         if len(getattr(model, key)) != 2:
