@@ -91,5 +91,5 @@ def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
             if best is None:  # interrupted: the checkpoint is there, and the run goes on another time
                 return {}
             models, names = [load_checkpoint(best)], [str(best)]
-        evaluation = pipeline.test(settings, models, names, data, run_folder=folder, home=home)
+        evaluation = pipeline.test(settings, models, names, data, run_folder=folder, home=home, tokenizer=tokenizer)
         return evaluation.hierarchical._asdict()

@@ -28,6 +28,8 @@ from hacan.checkpoints import (
 )
 from hacan.errors import UserError
 from hacan.model import HACAN
+from hacan.pretrained import Pretrained
+from hacan.report.page import write_report
 from hacan.retrieval.evaluate import Evaluation, Processes, Protocol, Split, evaluate
 from hacan.retrieval.features import hash_of_files
 from hacan.retrieval.members import Member, member_of
@@ -38,6 +40,7 @@ from hacan.trainer import build_trainer, build_training, precision_here
 log = logging.getLogger(__name__)
 
 FOLLOWED = ("image_size", "max_text_len")  # data settings that belong to the model, and travel in its checkpoint
+CHEAP_PAIRS = 200_000  # up to which a report draws the curve over K unasked: seconds, on the demo
 EPOCH_FIGURES = ("r1_i2t", "r5_i2t", "r10_i2t", "r1_t2i", "r5_t2i", "r10_t2i", "rsum")
 
 
@@ -162,9 +165,19 @@ def validate(model: HACAN, *, settings: Settings, data: Any, home: Path) -> dict
 
 
 def test(
-    settings: Settings, models: list[HACAN], names: list[str], data: Any, *, run_folder: Path, home: Path
+    settings: Settings,
+    models: list[HACAN],
+    names: list[str],
+    data: Any,
+    *,
+    run_folder: Path,
+    home: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
-    """Evaluate on `eval_split`: prints the table, writes metrics.json and ranks.npz into the run's folder."""
+    """Evaluate on `eval_split`: prints the table, writes metrics.json and ranks.npz into the run's folder.
+
+    With `report` also report.html, with heatmaps where the `tokenizer` is given, and with the curve where it is cheap.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     members = [_member(model, settings, name=name, device=device) for model, name in zip(models, names, strict=True)]
     processes = processes_here()
@@ -177,12 +190,40 @@ def test(
         folder=home / "features",
         bootstrap=settings.eval.bootstrap,
         seed=settings.run.seed,
+        curve=settings.eval.curve or (settings.run.report and len(split.ids) * len(split.captions) <= CHEAP_PAIRS),
         processes=processes,
     )
     if processes.rank == 0:
         evaluation.save(run_folder)
         print(f"\n{format_table(evaluation)}\n\nwrote {run_folder / 'metrics.json'}")
+        if evaluation.curve is not None:
+            print(f"wrote {run_folder / 'curve.csv'}, curve.png: {evaluation.curve.summary()}")
+        if settings.run.report:
+            part = data.eval_split(settings.data.eval_split)
+            report = write_report(
+                run_folder / "report.html",
+                evaluation,
+                paths=part.paths,
+                captions=part.captions,
+                image_of_text=part.image_of_text,
+                pretrained=None if tokenizer is None else _pretrained(models[0], tokenizer, settings, device=device),
+                seed=settings.run.seed,
+            )
+            print(f"wrote {report}")
     return evaluation
+
+
+def _pretrained(
+    model: HACAN, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, device: torch.device
+) -> Pretrained:
+    return Pretrained(
+        model=model,
+        tokenizer=tokenizer,
+        image_size=settings.data.image_size,
+        centre_crop=settings.data.datasets != "scenes",
+        max_text_len=settings.data.max_text_len,
+        device=device,
+    )
 
 
 def protocol_of(settings: Settings) -> Protocol:

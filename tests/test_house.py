@@ -27,10 +27,10 @@ ROOMS = [
     "hacan.training",
     "hacan.trainer",
     "hacan.retrieval",
+    "hacan.report",
     "hacan.pipeline",
     "hacan.onnx_export",
     "hacan.export",
-    "hacan.report",
     "hacan.search",
 ]
 MODULES = sorted((ROOT / "hacan").rglob("*.py"))

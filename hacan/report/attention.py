@@ -76,7 +76,7 @@ def _of_stream(alignment: nn.Module, stream: str, regions: Tensor, tokens: Tenso
 
 
 def attention_weights(queries: Tensor, sources: Tensor, *, temperature: float, focal_type: str | None) -> Tensor:
-    """w [n_q, n_s] of METHOD section 2, each row of sum 1; `focal_type`: with the Key Semantic Filter, else None."""
+    """Weights w [n_q, n_s] of METHOD section 2, each row of sum 1; `focal_type`: the Key Semantic Filter."""
     raw = F.leaky_relu(queries @ sources.T, 0.1)
     weights = (temperature * raw / (raw.norm(dim=0, keepdim=True) + 1e-8)).softmax(1)
     if focal_type is None:
@@ -91,7 +91,7 @@ def attention_weights(queries: Tensor, sources: Tensor, *, temperature: float, f
 
 
 def signed_residual_cosines(queries: Tensor, sources: Tensor) -> Tensor:
-    """z [n_q, n_s] of METHOD section 3: c(q, s - mean(S)) sign(delta), zero where |delta| <= 1e-8."""
+    """Matrix z [n_q, n_s] of METHOD section 3: c(q, s - mean(S)) sign(delta), zero where |delta| <= 1e-8."""
     r = _cosines(queries, sources)
     delta = r - (r.mean(1, keepdim=True) + r.mean(0, keepdim=True)) / 2
     residuals = sources - sources.mean(0)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 STREAM_NAMES = {"ksf": "KSF", "lrg_high": "LRG high", "lrg_mid": "LRG mid"}
 COLORMAP = "inferno"  # perceptually even; dark where the weight is small
-ALPHA = 0.6
+ALPHA = 0.75  # where the value is highest; the lowest values take FAINT of it, so that the picture stays clear there
+FAINT = 0.35
 WORDS_PER_LINE = 8  # of a figure
 
 
@@ -117,11 +118,12 @@ def upsample(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, grid: np.ndarray, low: float, high: float, *, alpha: float = ALPHA) -> np.ndarray:
-    """The map [rows, columns] as colours from `low` to `high`, over the picture [H, W, 3] uint8 -> the same shape."""
+    """The map [rows, columns] as colours from `low` to `high`, over the picture [H, W, 3] uint8 -> its shape."""
     values = upsample(grid, *picture.shape[:2])
     scaled = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
     colours = colormaps[COLORMAP](scaled)[..., :3] * 255
-    return np.rint(picture * (1 - alpha) + colours * alpha).astype(np.uint8)
+    opacity = alpha * (FAINT + (1 - FAINT) * scaled[..., None])
+    return np.rint(picture * (1 - opacity) + colours * opacity).astype(np.uint8)
 
 
 def figure(found: Explanation, *, alpha: float = ALPHA) -> "Figure":
@@ -131,7 +133,8 @@ def figure(found: Explanation, *, alpha: float = ALPHA) -> "Figure":
     from matplotlib.figure import Figure
 
     places = [place for place, word in enumerate(found.words) if not word.special]
-    lines = [places[at : at + WORDS_PER_LINE] for at in range(0, len(places), WORDS_PER_LINE)] or [[]]
+    per_line = -(-len(places) // max(1, -(-len(places) // WORDS_PER_LINE))) or 1  # lines of about equal length
+    lines = [places[at : at + per_line] for at in range(0, len(places), per_line)] or [[]]
     columns = 1 + max(1, len(lines[0]))
     rows = len(lines) * len(found.streams)
     drawn = Figure(figsize=(1.5 * columns + 1.1, 1.75 * rows + 0.9), layout="constrained")

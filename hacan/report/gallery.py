@@ -1,0 +1,98 @@
+"""Queries that a person should look at: the best, the worst and random ones, both ways, with what was found."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hacan.types import RetrievalResult
+
+KINDS = ("best", "worst", "random")
+
+
+class Item(NamedTuple):
+    """An item of the gallery that a query was shown, or should have been shown."""
+
+    index: int  # of the text (image to text) or of the image (text to image), in the split
+    place: int | None  # in the ranking, from 1; None: not in the shortlist
+    correct: bool
+
+
+class Query(NamedTuple):
+    """A query with the head of its ranking."""
+
+    direction: str  # i2t or t2i
+    kind: str  # best, worst or random
+    index: int  # of the image (image to text) or of the text, in the split
+    rank: float  # of the best correct item, from 1; inf: missed, no correct item in the shortlist
+    items: list[Item]  # best first
+    best_correct: Item  # also where it is not among `items`
+
+
+def choose_queries(ranks: Tensor, asked: Tensor, *, kind: str, count: int, seed: int) -> list[int]:
+    """Some queries [count at most] by their ranks [Q] from 0: lowest first, highest (misses) first, or any.
+
+    asked [Q] bool: the queries that have an answer. Queries of equal rank come in an order drawn with `seed`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    generator = torch.Generator().manual_seed(seed + KINDS.index(kind))
+    order = torch.randperm(len(ranks), generator=generator)
+    order = order[asked[order]]
+    if kind != "random":
+        order = order[ranks[order].argsort(stable=True, descending=kind == "worst")]
+    return order[:count].tolist()
+
+
+def build_gallery(
+    results: Sequence[RetrievalResult],
+    image_of_text: Tensor,
+    *,
+    images: int,
+    count: int = 4,
+    shown: int = 5,
+    seed: int = 0,
+) -> list[Query]:
+    """`count` queries of each kind and direction, each with its first `shown` items.
+
+    results: one per fold, numbered within the fold, as an `Evaluation` holds them; a fold is an equal run of images.
+    Indices of the queries that come out count over the whole split.
+    """
+    if images % len(results):
+        raise ValueError(f"{images} images do not divide into {len(results)} folds; pass the results of equal folds")
+    size = images // len(results)
+    texts = [(image_of_text // size == fold).nonzero().flatten() for fold in range(len(results))]
+    asked_images = torch.bincount(image_of_text, minlength=images) > 0
+    ranks_i2t = torch.cat([result.ranks_i2t for result in results])
+    of_texts = torch.cat(texts)
+    ranks_t2i = torch.cat([result.ranks_t2i for result in results])
+    queries = []
+    for kind in KINDS:
+        for row in choose_queries(ranks_i2t, asked_images, kind=kind, count=count, seed=seed):
+            fold = row // size
+            listed = texts[fold][_listed(results[fold].top_i2t[row - fold * size])]
+            correct = image_of_text == row
+            queries.append(_query("i2t", kind, row, ranks_i2t[row], listed, correct, shown))
+        everyone = torch.ones(len(ranks_t2i), dtype=torch.bool)
+        for place in choose_queries(ranks_t2i, everyone, kind=kind, count=count, seed=seed):
+            text = int(of_texts[place])
+            fold = int(image_of_text[text]) // size
+            within = int((texts[fold] == text).nonzero())
+            listed = _listed(results[fold].top_t2i[within]) + fold * size
+            correct = torch.arange(images) == image_of_text[text]
+            queries.append(_query("t2i", kind, text, ranks_t2i[place], listed, correct, shown))
+    return sorted(queries, key=lambda query: query.direction)  # stable: the kinds keep their order
+
+
+def _listed(shortlist: Tensor) -> Tensor:
+    return shortlist[shortlist >= 0]
+
+
+def _query(direction: str, kind: str, index: int, rank: Tensor, listed: Tensor, correct: Tensor, shown: int) -> Query:
+    items = [Item(item, place, bool(correct[item])) for place, item in enumerate(listed.tolist(), start=1)]
+    found = [item for item in items if item.correct]
+    best = found[0] if found else Item(int(correct.nonzero()[0]), None, True)
+    rank_from_1 = math.inf if math.isinf(float(rank)) else float(rank) + 1
+    return Query(direction, kind, index, rank_from_1, items[:shown], best)

@@ -1,0 +1,240 @@
+"""One self-contained HTML file about an evaluation: figures, audit, curves, a gallery of queries, heatmaps.
+
+Styles, script and pictures stand in the file; a content security policy forbids it to fetch anything.
+"""
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hacan.pixels import read_picture
+from hacan.pretrained import Pretrained
+from hacan.report.gallery import Item, Query, build_gallery
+from hacan.report.pictures import data_uri, thumbnail
+from hacan.report.tables import (
+    DIRECTIONS,
+    audit_tables,
+    curve_charts,
+    headline,
+    receipt_list,
+    results_tables,
+    stages_table,
+)
+from hacan.report.training_log import find_training_log, training_charts
+from hacan.report.viewer import Pair, pair_of, pairs_to_explain, viewer_data
+from hacan.retrieval.evaluate import Evaluation
+
+HERE = Path(__file__).parent
+THUMBNAIL = 200  # pixels
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+KIND_NAMES = {
+    "best": ("Best", "lowest ranks; equal ranks in random order"),
+    "worst": ("Worst", "misses first, then the highest ranks; equal ranks in random order"),
+    "random": ("Random", "drawn with the run's seed"),
+}
+
+
+def write_report(
+    path: Path,
+    evaluation: Evaluation,
+    *,
+    paths: Sequence[str],
+    captions: Sequence[str],
+    image_of_text: Tensor,
+    pretrained: Pretrained | None = None,
+    queries: int = 4,
+    shown: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Write the report of an evaluation of N pictures (`paths`) and M `captions` to `path`; returns `path`.
+
+    pretrained: the model whose heatmaps are shown (of an ensemble, its first member); None: no heatmaps. queries: of
+    each kind and direction; shown: items of a ranking. Training curves come from the
+    folder of `path` when it trained, or from the checkpoint's run.
+    """
+    members = [member["checkpoint"] for member in evaluation.receipt["members"]]
+    gallery = build_gallery(evaluation.results, image_of_text, images=len(paths), count=queries, shown=shown, seed=seed)
+    viewer: dict[str, Any] | None = None
+    numbers: dict[Pair, int] = {}
+    if pretrained is not None:
+        pairs = pairs_to_explain(gallery)
+        numbers = {pair: number for number, pair in enumerate(pairs)}
+        viewer = viewer_data(
+            pretrained, pairs, paths=paths, captions=captions, image_of_text=image_of_text.tolist(), progress=progress
+        )
+    sections = [
+        _section("results", "Results", headline(evaluation) + results_tables(evaluation) + _notes(evaluation)),
+        _section("audit", "Audit, not a result", _audit(evaluation), style="audit"),
+        _training(path.parent, members),
+        _curve(evaluation),
+        _section("gallery", "Queries", _Cards(paths, captions, numbers, evaluation.receipt["top_k"]).gallery(gallery)),
+        _heatmaps(viewer, members),
+        _section(
+            "receipt", "Receipt", stages_table(evaluation.receipt) + receipt_list(evaluation.receipt), folded=True
+        ),
+    ]
+    page = _page(evaluation, "".join(sections), viewer)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _page(evaluation: Evaluation, body: str, viewer: dict[str, Any] | None) -> str:
+    receipt = evaluation.receipt
+    title = f"{receipt['dataset']} {receipt['split']}: HACAN evaluation"
+    members = receipt["members"]
+    model = f"{receipt['alignment']} alignment, direction {receipt['direction']}"
+    if receipt["ensemble"]:
+        model = f"<strong>ensemble of {len(members)} models, scores averaged</strong>: {html.escape(model)}"
+    else:
+        model = html.escape(model)
+    names = ", ".join(f"<code>{html.escape(member['checkpoint'] or 'untrained model')}</code>" for member in members)
+    # "<" cannot end the element, whatever a caption says
+    data = "" if viewer is None else json.dumps(viewer, ensure_ascii=False).replace("<", "\\u003c")
+    script = "" if viewer is None else f"<script>{_asset('page.js')}</script>"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_asset('page.css')}</style></head><body>"
+        f"<header><h1>{html.escape(title)}</h1><p>{receipt['images']:,} images, {receipt['texts']:,} texts; "
+        f"{html.escape(receipt['protocol'])}; coarse score: {html.escape(receipt['coarse'])}.<br>{model}<br>{names}</p>"
+        '<nav aria-label="Parts of this page"><a href="#results">Results</a> <a href="#audit">Audit</a> '
+        '<a href="#gallery">Queries</a> <a href="#heatmaps">Heatmaps</a> <a href="#receipt">Receipt</a></nav></header>'
+        f"<main>{body}</main>"
+        + (f'<script type="application/json" id="data">{data}</script>' if data else "")
+        + f"{script}</body></html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _section(name: str, title: str, body: str, *, style: str = "", folded: bool = False) -> str:
+    if folded:
+        body = f"<details><summary>show</summary>{body}</details>"
+    return f'<section id="{name}" class="{style}"><h2>{title}</h2>{body}</section>'
+
+
+def _notes(evaluation: Evaluation) -> str:
+    resamples = evaluation.receipt["bootstrap"]
+    notes = [
+        f"Small figures are 95% bootstrap intervals over queries ({resamples:,} resamples)."
+        if resamples
+        else "No intervals: this evaluation was made with bootstrap=0.",
+        f"A query without a correct item in its shortlist of K = {evaluation.receipt['top_k']} is a miss at every K.",
+        "Ranks count from 1; the mean rank is over the queries that have one.",
+    ]
+    return f'<p class="note">{" ".join(notes)}</p>'
+
+
+def _audit(evaluation: Evaluation) -> str:
+    return (
+        "<p>What the first public code would have printed for the same rankings: it counts a query whose shortlist "
+        "misses as rank 0, a hit. Do not quote these figures.</p>" + audit_tables(evaluation)
+    )
+
+
+def _training(run_folder: Path, members: Sequence[str]) -> str:
+    log = find_training_log(run_folder, members)
+    charts = training_charts(log) if log is not None else []
+    if not charts:
+        return ""
+    body = f'<div class="charts">{"".join(charts)}</div><p class="note">From <code>{html.escape(str(log))}</code>.</p>'
+    return _section("training", "Training", body)
+
+
+def _curve(evaluation: Evaluation) -> str:
+    if evaluation.curve is None:
+        return ""
+    charts = "".join(curve_charts(evaluation.curve))
+    note = html.escape(evaluation.curve.summary())
+    return _section("curve", "Length of the shortlist", f'<p>{note}.</p><div class="charts">{charts}</div>')
+
+
+def _heatmaps(viewer: dict[str, Any] | None, members: Sequence[str]) -> str:
+    if viewer is None:
+        body = '<p class="note">None: this report was made without a model at hand.</p>'
+    else:
+        whose = ""
+        if len(members) > 1:
+            whose = f" Of the ensemble, this is its first member, <code>{html.escape(members[0])}</code>."
+        body = (
+            "<p>Where each word looks in the picture, as the model sees it (resized and cut). Choose a pair here or "
+            f"with a <em>heatmap</em> button above, then a word.{whose}</p>"
+            '<noscript><p class="note">The heatmaps are drawn by a script, which is switched off here.</p></noscript>'
+            '<div id="viewer" hidden></div>'
+        )
+    return _section("heatmaps", "Heatmaps, word by region", body)
+
+
+class _Cards:
+    """Queries as cards; each picture is read once."""
+
+    def __init__(self, paths: Sequence[str], captions: Sequence[str], numbers: dict[Pair, int], top_k: int) -> None:
+        self._paths, self._captions, self._numbers, self._top_k = paths, captions, numbers, top_k
+        self._thumbnails: dict[int, str] = {}
+
+    def gallery(self, queries: Sequence[Query]) -> str:
+        """All queries, by direction and kind."""
+        parts = []
+        for direction, name in DIRECTIONS.items():
+            parts.append(f"<h3>{name.capitalize()}</h3>")
+            for kind, (title, about) in KIND_NAMES.items():
+                cards = [self._card(query) for query in queries if (query.direction, query.kind) == (direction, kind)]
+                if cards:
+                    parts.append(f"<h4>{title} <small>{about}</small></h4>")
+                    parts.append(f'<div class="queries {direction}">{"".join(cards)}</div>')
+        return "".join(parts)
+
+    def _card(self, query: Query) -> str:
+        if math.isinf(query.rank):
+            rank = f'<p class="rank missed">missed: nothing correct among the first {self._top_k}</p>'
+        else:
+            rank = f'<p class="rank{" first" if query.rank == 1 else ""}">rank {query.rank:,.0f}</p>'
+        items = list(query.items)
+        if query.best_correct.index not in [item.index for item in items]:
+            items.append(query.best_correct)
+        listed = "".join(self._item(query, item) for item in items)
+        if query.direction == "i2t":
+            return (
+                f'<article class="query"><div class="asked">{self._picture(query.index)}{rank}</div>'
+                f'<ol class="texts">{listed}</ol></article>'
+            )
+        return (
+            f'<article class="query"><p class="asked">“{html.escape(self._captions[query.index])}”</p>{rank}'
+            f'<ol class="pictures">{listed}</ol></article>'
+        )
+
+    def _item(self, query: Query, item: Item) -> str:
+        place = "not listed" if item.place is None else f"{item.place:,}"
+        mark = (
+            '<span class="tick" aria-hidden="true">✓</span><span class="hidden">correct</span>' if item.correct else ""
+        )
+        button = ""
+        number = self._numbers.get(pair_of(query, item.index))
+        if number is not None:
+            button = f'<button type="button" class="see" data-pair="{number}">heatmap</button>'
+        style = " ".join(
+            name
+            for name, holds in (("hit", item.correct), ("apart", item.place is None or item.place > len(query.items)))
+            if holds
+        )
+        head = f'<span class="place">{place}{mark}</span>'
+        if query.direction == "i2t":
+            return f'<li class="{style}">{head} <span>{html.escape(self._captions[item.index])} {button}</span></li>'
+        return f'<li class="{style}">{self._picture(item.index)}<div>{head} {button}</div></li>'
+
+    def _picture(self, image: int) -> str:
+        if image not in self._thumbnails:
+            self._thumbnails[image] = data_uri(thumbnail(read_picture(self._paths[image]), longest=THUMBNAIL))
+        name = html.escape(Path(self._paths[image]).name)
+        return f'<img src="{self._thumbnails[image]}" alt="{name}" title="{name}" loading="lazy">'
