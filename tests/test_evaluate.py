@@ -363,3 +363,18 @@ def test_the_meter_adds_up_seconds_and_keeps_the_highest_memory():
 
 def test_the_source_hash_covers_what_makes_features():
     assert len(evaluating.code_hash()) == 32 and evaluating.code_hash() == evaluating.code_hash()
+
+
+def test_coco_ids_bring_the_judged_matches(monkeypatch, tmp_path):
+    split, *_ = make_split(IMAGE_OF_TEXT, images=10)
+    texts = [1000 + j for j in range(15)]
+    judged = {"i2t": {100: frozenset(texts)}, "t2i": {1000: frozenset({100}), 1001: frozenset({109})}}
+    monkeypatch.setattr("hacan.retrieval.extended.load_matches", lambda name: judged)
+    found = run([make_member()], split._replace(coco_ids=(split.ids, texts)), Protocol(top_k=15))
+    assert found.extended["eccv_map_at_r"]["i2t"] == pytest.approx(100)
+    assert found.extended["cxc_r10"]["t2i"] == pytest.approx(100)
+    table = format_table(found)
+    assert "ECCV Caption mAP@R" in table and "CxC R@10" in table
+    assert found.to_json()["extended"] == found.extended
+    assert run([make_member()], split).extended is None
+    assert run([make_member()], split._replace(coco_ids=(split.ids, texts)), Protocol(fold5=True)).extended is None

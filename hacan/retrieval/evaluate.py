@@ -15,6 +15,7 @@ from torch import Tensor
 from hacan.errors import UserError
 from hacan.retrieval.bootstrap import recall_intervals
 from hacan.retrieval.curve import Curve, mean_curve, trade_off
+from hacan.retrieval.extended import extended_metrics
 from hacan.retrieval.features import ImageBatches, TextBatches, content_hash, encode_gallery, select_images
 from hacan.retrieval.hierarchical import (
     HierarchicalRetriever,
@@ -43,6 +44,7 @@ class Split(NamedTuple):
     text_batches: TextBatches
     batch_size: int
     images_hash: str = ""  # over the pictures' contents and their transform; needed where features are kept
+    coco_ids: tuple[Sequence[int], Sequence[int]] | None = None  # of images and captions: also ECCV Caption and CxC
 
 
 class Processes(NamedTuple):
@@ -74,6 +76,7 @@ class Evaluation(NamedTuple):
     ranks: list[tuple[Tensor, Tensor]]
     results: list[RetrievalResult]  # ranks and shortlists of all queries, numbered within the fold
     curve: Curve | None = None  # the mean over folds
+    extended: dict[str, dict[str, float]] | None = None  # COCO: ECCV Caption and CxC, by metric and direction
 
     @property
     def inflation(self) -> RetrievalMetrics:
@@ -95,6 +98,7 @@ class Evaluation(NamedTuple):
                 "inflation": self.inflation._asdict(),
             },
             **({} if self.curve is None else {"curve": {"suggested_k": self.curve.suggested_k}}),
+            **({} if self.extended is None else {"extended": self.extended}),
         }
 
     def save(self, folder: Path) -> None:
@@ -169,6 +173,8 @@ def evaluate(
     evaluation = summarise(
         results, all_coarse, members, split, protocol, galleries, bootstrap=bootstrap, seed=seed, meter=meter
     )
+    if split.coco_ids is not None and not protocol.fold5:
+        evaluation = evaluation._replace(extended=extended_metrics(results[0], *split.coco_ids))
     return evaluation._replace(curve=mean_curve(curves)) if curves else evaluation
 
 

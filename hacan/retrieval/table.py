@@ -24,6 +24,8 @@ def format_table(evaluation: Evaluation) -> str:
     lines += ["", _line("rank, from 1", ["median", "mean", "miss %"] * 2, "")]
     lines += [_ranks("coarse only", evaluation.coarse), _ranks(hierarchical, evaluation.hierarchical)]
     lines += ["(mean over the queries that have a rank; miss: percent without a correct item in the shortlist)", ""]
+    if evaluation.extended is not None:
+        lines += _extended(evaluation.extended)
     lines.append("Audit, not a result: the first release counts a query whose shortlist misses as rank 0, a hit.")
     lines.append(_recalls("release's rule", evaluation.release_rule))
     lines.append(_recalls("it would add", evaluation.inflation, sign="+"))
@@ -52,6 +54,17 @@ def _ranks(name: str, metrics: RetrievalMetrics) -> str:
     values = metrics._asdict()
     kinds = ("median", "mean", "missed")
     return _line(name, [_number(values[f"{kind}_{direction}"]) for direction in DIRECTIONS for kind in kinds], "")
+
+
+def _extended(metrics: dict[str, dict[str, float]]) -> list[str]:
+    """ECCV Caption and CxC, hierarchical."""
+    titles = {"eccv_map_at_r": "mAP@R", "eccv_rprecision": "R-Precision", "eccv_r1": "R@1"}
+    titles |= {f"cxc_r{k}": f"R@{k}" for k in RECALLS}
+    lines = [f"{'judged matches':{NAME}}{'image to text':>14}{'text to image':>16}"]
+    for name, title in titles.items():
+        label = f"{'ECCV Caption' if name.startswith('eccv') else 'CxC'} {title}"
+        lines.append(f"{label:{NAME + 4}}{metrics[name]['i2t']:>10.1f}{metrics[name]['t2i']:>16.1f}")
+    return [*lines, ""]
 
 
 def _line(name: str, cells: list[str], last: str) -> str:

@@ -1,0 +1,121 @@
+import json
+import random
+
+import pytest
+import torch
+
+from hacan.errors import UserError
+from hacan.retrieval.extended import (
+    average_precision_at_r,
+    coco_ids,
+    extended_metrics,
+    load_matches,
+    r_precision,
+    recall_at_matches,
+)
+from hacan.types import RetrievalResult
+
+
+def test_hand_made_figures():
+    matches = frozenset({1, 2, 3, 4})
+    ranking = [1, 9, 2, 8, 3, 4]
+    assert r_precision(ranking, matches) == 2 / 4
+    assert average_precision_at_r(ranking, matches) == pytest.approx((1 + 2 / 3) / 4)
+    assert [recall_at_matches([9, 1, 8], matches, k) for k in (1, 2, 3)] == [0, 1, 1]
+    assert average_precision_at_r([1, 2, 3, 4], matches) == r_precision([4, 3, 2, 1], matches) == 1
+
+
+def test_what_a_shortlist_does_not_list_is_missed():
+    matches = frozenset({1, 2, 3, 4})
+    assert r_precision([1, 2], matches) == 0.5  # the package would say 1.0
+    assert average_precision_at_r([1, 2], matches) == 0.5
+    assert r_precision([], matches) == average_precision_at_r([], matches) == recall_at_matches([], matches, 5) == 0
+
+
+def package():
+    pytest.importorskip("eccv_caption")
+    from eccv_caption import Metrics
+
+    return Metrics()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:failed to import")
+def test_the_packages_own_figures_on_full_rankings():
+    theirs = package()
+    images, captions = list(theirs.coco_gts["i2t"]), list(theirs.coco_gts["t2i"])
+    generator = random.Random(0)
+    items = {"i2t": captions, "t2i": images}
+    rankings, top = {}, {}
+    for direction, queries in (("i2t", images), ("t2i", captions)):
+        place = {item: index for index, item in enumerate(items[direction])}
+        rankings[direction], rows = {}, []
+        for query in queries:
+            # Some matches of either set and noise, shuffled: figures away from 0 and from 100.
+            likely = list(
+                dict.fromkeys(theirs.eccv_gts[direction].get(query, []) + theirs.cxc_gts[direction].get(query, []))
+            )
+            likely = [item for item in likely if item in place][: generator.randint(0, 30)]
+            row = likely + [i for i in generator.sample(items[direction], 60) if i not in likely]
+            row = row[:60]
+            generator.shuffle(row)
+            rankings[direction][query] = row
+            rows.append([place[item] for item in row])
+        top[direction] = torch.tensor(rows)
+    result = RetrievalResult(torch.zeros(5000), torch.zeros(25000), top["i2t"], top["t2i"])
+    found = extended_metrics(result, images, captions)
+    expected = theirs.compute_all_metrics(
+        rankings["i2t"],
+        rankings["t2i"],
+        target_metrics=("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_recalls"),
+    )
+    assert found.keys() == expected.keys()
+    for name, both in expected.items():
+        for direction, value in both.items():
+            assert found[name][direction] == pytest.approx(100 * value, abs=1e-9)
+            assert 0.5 < found[name][direction] < 99.5
+
+
+def test_the_sizes_are_the_published_ones():
+    pytest.importorskip("eccv_caption")
+    # The package's README: 1,332 query captions with 11,279 images and 1,261 query images with 22,550 captions.
+    eccv = load_matches("eccv")
+    assert {direction: len(matches) for direction, matches in eccv.items()} == {"i2t": 1261, "t2i": 1332}
+    assert {d: sum(map(len, matches.values())) for d, matches in eccv.items()} == {"i2t": 22550, "t2i": 11279}
+    with pytest.raises(ValueError, match="choose from eccv, cxc"):
+        load_matches("pm")
+
+
+def test_another_split_is_refused():
+    pytest.importorskip("eccv_caption")
+    top = torch.zeros(3, 1, dtype=torch.int64)
+    result = RetrievalResult(torch.zeros(3), torch.zeros(3), top, top)
+    with pytest.raises(UserError, match=r"1261 of them are not in this split .* all 5,000 images"):
+        extended_metrics(result, [1, 2, 3], [4, 5, 6])
+
+
+def write_annotations(tmp_path, entries):
+    path = tmp_path / "captions_val2014.json"
+    annotations = [{"id": i, "image_id": image, "caption": caption} for i, image, caption in entries]
+    path.write_text(json.dumps({"annotations": annotations}))
+    return path
+
+
+def test_ids_are_looked_up_by_picture_and_words(tmp_path):
+    path = write_annotations(tmp_path, [(70, 5, "A dog.\n"), (71, 9, "A dog."), (72, 5, "A  cat"), (73, 5, "A dog.")])
+    pictures = ["x/COCO_val2014_000000000009.jpg", "x/COCO_val2014_000000000005.jpg"]
+    images, captions = coco_ids(pictures, ["A dog.", "A cat", "A dog.", "A dog. "], torch.tensor([0, 1, 1, 1]), path)
+    assert images == [9, 5] and captions == [71, 72, 70, 73]
+    with pytest.raises(UserError, match="no annotation of image 9 that reads 'A cat'"):
+        coco_ids(pictures, ["A cat"], torch.tensor([0]), path)
+    with pytest.raises(UserError, match="is not named as COCO names"):
+        coco_ids(["x/photo.jpg"], [], torch.tensor([]), path)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"annotations": 3}', '{"annotations": [{"id": 1}]}'])
+def test_a_bad_annotation_file_is_one_line(tmp_path, content):
+    path = tmp_path / "captions_val2014.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="is no file of COCO annotations"):
+        coco_ids(["COCO_val2014_000000000009.jpg"], ["a"], torch.tensor([0]), path)
