@@ -1,20 +1,53 @@
-"""What both forms share: entry points for all pairs and for listed pairs, cut into blocks of equal caption length."""
+"""What both forms share: entry points for all pairs and for listed pairs, cut into blocks of bounded memory.
+
+A block is N images x T tokens of m captions without padding. One matrix product per stream makes its dot products
+[T, N, R]; everything after that is done while they are in the cache.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from hacan.alignment.packing import lengths_of, pack_texts
+from hacan.alignment.blocks import listed_blocks
+from hacan.alignment.layouts import Listing, Rectangle
+from hacan.alignment.packing import CaptionOrder, pack_texts
+from hacan.alignment.segments import Segments
+from hacan.alignment.sides import LEVELS, STREAMS, Block, Regions, TokenBank, Tokens, region_features
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
-STREAMS = ("ksf", "lrg_high", "lrg_mid")
 DIRECTIONS = ("i2t", "t2i", "both")
-LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid", "high")}  # of image, of text
+# Dot products of a block on a CPU: a few MiB, so that the passes over them stay in the cache, and matrix products are
+# still large enough to run at full speed (measured by scripts/benchmark_alignment.py).
+CPU_BLOCK, CPU_IMAGES = 800_000, 16
+ACCELERATOR_IMAGES = 128
+SAVED_PER_ELEMENT = 6  # tensors of the size of the dot products that autograd keeps, for each direction
+PASSES_PER_BLOCK = 10  # tensors of the size of the dot products alive at once, without autograd
+
+
+class _Plan(NamedTuple):
+    """How large blocks may be."""
+
+    images: int
+    budget: int  # bytes
+    row_bytes: int  # of one token, images apart
+    cell_bytes: int  # of one token beside one image
+    cells: int  # tokens x images at most
+
+    def rows(self, images: int) -> int:
+        """Tokens of a block of so many images."""
+        fitting = self.budget // 2 // (self.row_bytes + images * self.cell_bytes)
+        return max(1, min(fitting, self.cells // images))
 
 
 class FineAlignment(nn.Module):
-    """Images x captions -> fine scores, block by block; a form says how one block of one stream is scored."""
+    """Images x captions -> fine scores [image, text]; a form says what it derives and how one block is scored."""
+
+    drop_ends = False  # whether [CLS] and [SEP] take no part
 
     def __init__(self, *, direction: str, score_memory: int = 256) -> None:
+        """`score_memory`: the working set in MiB, beyond features and scores; the scores do not depend on it."""
         super().__init__()
         if direction not in DIRECTIONS:
             raise ValueError(f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
@@ -23,33 +56,46 @@ class FineAlignment(nn.Module):
         self.direction = direction
         self.score_memory = score_memory
 
-    def score_block(self, stream: str, regions: Tensor, tokens: Tensor) -> Tensor:
-        """Regions [N, R, d] x tokens [m, L, d] of one length -> scores [N, m] of one stream."""
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The directions whose mean is the score."""
+        return ("i2t", "t2i") if self.direction == "both" else (self.direction,)
+
+    def derive_regions(self, features: Tensor, *, filtered: bool) -> Regions:
+        """Of [N, R, d]: what is needed once per image; `filtered`: the Key Semantic Filter reads this level."""
+        raise NotImplementedError
+
+    def derive_tokens(self, features: Tensor, segments: Segments, *, filtered: bool) -> Tokens:
+        """Of [T, d]: what is needed once per caption."""
+        raise NotImplementedError
+
+    def score_stream(self, stream: str, block: Block) -> Tensor:
+        """Scores of one stream: [m, N] of a rectangle, [m, 1] of a listing."""
         raise NotImplementedError
 
     def forward(
         self, images: EncodedImages, texts: EncodedTexts | PackedTexts, *, streams: tuple[str, ...] = STREAMS
     ) -> Tensor:
-        """Fine similarity of all pairs, [N, M] float32 (float64 for float64 features)."""
+        """Fine similarity of all pairs, [N, M] float32 (float64 for float64 features), the sum of `streams`."""
         texts = texts if isinstance(texts, PackedTexts) else pack_texts(texts)
         with torch.autocast(images.high.device.type, enabled=False):
-            lengths = lengths_of(texts)
-            order, columns = [], []
-            for length in lengths.unique().tolist():
-                captions = (lengths == length).nonzero().flatten()
-                per_block = max(1, int(self.score_memory * 2**20 / 40 / (max(length, 1) * images.mid.shape[1])))
-                for chunk in captions.split(per_block):
-                    of_images = max(1, per_block // len(chunk))
-                    columns.append(
-                        torch.cat(
-                            [
-                                self._rectangle(images, rows, texts, chunk, length, streams)
-                                for rows in torch.arange(len(images.high)).split(of_images)
-                            ]
-                        )
-                    )
-                    order.append(chunk)
-            return torch.cat(columns, 1)[:, torch.cat(order).argsort().to(columns[0].device)]
+            count = len(images.high)
+            order = CaptionOrder(texts, torch.arange(len(texts.offsets) - 1), drop_ends=self.drop_ends)
+            plan, bank = self._prepare(images, texts, order, streams)
+            scores = images.high.new_zeros(count, len(texts.offsets) - 1, dtype=bank.dtype)
+            chunks = order.chunks(torch.arange(len(order)), plan.rows(min(plan.images, max(count, 1))))
+            gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*images[:2], *texts[:2]))
+            gathered = [{lv: bank.features(lv, at) for lv in bank.levels} for at in chunks] if gradient else None
+            frugal = gradient and self._saved_bytes(images, count, order, streams, bank.dtype) > plan.budget
+            for first in range(0, count, plan.images):
+                rows = torch.arange(first, min(first + plan.images, count))
+                regions = self._regions(images, rows, bank.dtype, streams)
+                for k, places in enumerate(chunks):
+                    tokens, segments = bank.tokens(places, gathered and gathered[k])
+                    captions = order.captions[places].to(scores.device)
+                    block = self._block(regions, tokens, segments, Rectangle(), streams, frugal)
+                    scores[first : first + len(rows), captions] = block.T
+            return scores
 
     def pairs(
         self,
@@ -59,39 +105,102 @@ class FineAlignment(nn.Module):
         *,
         streams: tuple[str, ...] = STREAMS,
     ) -> Tensor:
-        """Fine similarity of the listed pairs: pairs [P, 2] int64 (image, text) -> scores [P]."""
-        texts = texts if isinstance(texts, PackedTexts) else pack_texts(texts)
-        lengths = lengths_of(texts)
-        pairs = pairs.cpu()
-        scores, order = [], []
-        with torch.autocast(images.high.device.type, enabled=False):
-            for image in pairs[:, 0].unique().tolist():
-                places = (pairs[:, 0] == image).nonzero().flatten()
-                for length in lengths[pairs[places, 1]].unique().tolist():
-                    here = places[lengths[pairs[places, 1]] == length]
-                    row = torch.tensor([image])
-                    scores.append(self._rectangle(images, row, texts, pairs[here, 1], length, streams).flatten())
-                    order.append(here)
-        return torch.cat(scores)[torch.cat(order).argsort().to(scores[0].device)]
+        """Fine similarity of listed pairs: `pairs` [P, 2] int64 (image, text) in any order -> scores [P].
 
-    def _rectangle(
+        Pairs are scored image by image: its regions are never copied, and the tokens of its list are gathered once.
+        Images whose lists are equal share one gather.
+        """
+        texts = texts if isinstance(texts, PackedTexts) else pack_texts(texts)
+        pairs = pairs.cpu()
+        _check_pairs(pairs, len(images.high), len(texts.offsets) - 1)
+        with torch.autocast(images.high.device.type, enabled=False):
+            order = CaptionOrder(texts, pairs[:, 1].unique(), drop_ends=self.drop_ends)
+            plan, bank = self._prepare(images, texts, order, streams)
+            scores = images.high.new_zeros(len(pairs), dtype=bank.dtype)
+            places = order.places_of(pairs[:, 1])
+            for block in listed_blocks(pairs[:, 0], places, order, most_images=plan.images, rows=plan.rows):
+                regions = self._regions(images, block.images, bank.dtype, streams)
+                tokens, segments = bank.tokens(block.places)
+                part = self._block(regions, tokens, segments, block.layout(order, bank.device), streams, frugal=False)
+                scores[block.targets.flatten().to(scores.device)] = part.T.flatten()
+            return scores
+
+    def _block(
         self,
-        images: EncodedImages,
-        rows: Tensor,
-        texts: PackedTexts,
-        captions: Tensor,
-        length: int,
+        regions: dict[str, Regions],
+        tokens: dict[str, Tokens],
+        segments: Segments,
+        layout: Rectangle | Listing,
         streams: tuple[str, ...],
+        frugal: bool,
     ) -> Tensor:
-        """Scores [N, m] of some images and some captions of one length, all streams summed."""
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        dtype = torch.promote_types(images.high.dtype, torch.float32)
-        total = images.high.new_zeros(len(rows), len(captions), dtype=dtype)
-        if length == 0:  # a caption without a valid token
-            return total
-        tokens = (texts.offsets[captions][:, None] + torch.arange(length)).to(texts.high.device)
+        """Scores of a block, streams summed; `frugal`: compute it again in the backward pass, keep no inner values."""
+        if frugal:
+            arguments = (regions, tokens, segments, layout, streams, False)
+            return checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        total = None
         for stream in streams:
             of_image, of_text = LEVELS[stream]
-            regions = getattr(images, of_image)[first:last].to(dtype)
-            total = total + self.score_block(stream, regions, getattr(texts, of_text)[tokens].to(dtype))
+            scores = self.score_stream(stream, Block(regions[of_image], tokens[of_text], segments, layout))
+            total = scores if total is None else total + scores
         return total
+
+    def _prepare(
+        self, images: EncodedImages, texts: PackedTexts, order: CaptionOrder, streams: tuple[str, ...]
+    ) -> tuple[_Plan, TokenBank]:
+        """Block sizes, and the captions with what is derived of them once."""
+        unknown = [stream for stream in streams if stream not in STREAMS]
+        if unknown or not streams:
+            raise ValueError(f"streams={streams!r}: expected some of {', '.join(STREAMS)}")
+        widths = {x.shape[-1] for x in (*images[:2], *texts[:2])}
+        if len(widths) > 1:
+            raise ValueError(
+                f"regions are {list(images.high.shape)} and {list(images.mid.shape)}, tokens {list(texts.high.shape)} "
+                f"and {list(texts.mid.shape)}: expected one width d; project them to one width first"
+            )
+        device = images.high.device
+        dtype = torch.promote_types(torch.promote_types(images.high.dtype, texts.high.dtype), torch.float32)
+        itemsize, width = dtype.itemsize, images.high.shape[-1]
+        places = [images.high.shape[1], images.mid.shape[1]]
+        image_bytes = itemsize * (2 * width * sum(places) + sum(r * r for r in places))
+        budget = self.score_memory * 2**20
+        on_cpu = device.type == "cpu"
+        most = CPU_IMAGES if on_cpu else ACCELERATOR_IMAGES
+        plan = _Plan(
+            images=max(1, min(most, budget // 4 // image_bytes)),
+            budget=budget,
+            row_bytes=itemsize * width * 6,
+            cell_bytes=itemsize * max(places) * PASSES_PER_BLOCK,
+            cells=CPU_BLOCK // max(places) if on_cpu else budget,
+        )
+        bank = TokenBank(texts, order, {LEVELS[stream][1] for stream in streams}, device, dtype)
+        bank.derive(self, {"high"} if "ksf" in streams else set(), max(1, budget // 4 // plan.row_bytes))
+        return plan, bank
+
+    def _regions(
+        self, images: EncodedImages, rows: Tensor, dtype: torch.dtype, streams: tuple[str, ...]
+    ) -> dict[str, Regions]:
+        levels = dict.fromkeys(LEVELS[stream][0] for stream in streams)
+        return {
+            level: self.derive_regions(
+                region_features(images, level, rows, dtype), filtered=level == "high" and "ksf" in streams
+            )
+            for level in levels
+        }
+
+    def _saved_bytes(
+        self, images: EncodedImages, count: int, order: CaptionOrder, streams: tuple[str, ...], dtype: torch.dtype
+    ) -> int:
+        """What autograd would keep, were no block computed twice."""
+        places = sum(getattr(images, LEVELS[stream][0]).shape[1] for stream in streams)
+        per_element = SAVED_PER_ELEMENT * len(self.directions) * dtype.itemsize
+        return int(order.lengths.sum()) * count * places * per_element
+
+
+def _check_pairs(pairs: Tensor, images: int, texts: int) -> None:
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+        raise ValueError(f"pairs is {list(pairs.shape)} of {pairs.dtype}, expected [P, 2] int64: (image, text)")
+    if len(pairs) and (int(pairs.min()) < 0 or int(pairs[:, 0].max()) >= images or int(pairs[:, 1].max()) >= texts):
+        raise ValueError(
+            f"pairs name items outside of {images} images and {texts} texts; check their order: image, text"
+        )

@@ -1,12 +1,25 @@
-"""The hybrid form of the fine similarity: attention over raw dot products (METHOD section 2)."""
+"""The hybrid form of the fine similarity: attention over raw dot products (METHOD section 2).
+
+For queries q and sources s, lambda the inverse temperature:
+
+    a_sq = LeakyReLU_0.1(s . q),  b_sq = a_sq / (||a_s.|| + 1e-8),  w_qs = softmax_s(lambda b_sq),  u_q = sum_s w_qs s
+    score(Q, S) = mean over q of cos(q, u_q)
+
+The attended vectors u are never formed: q . u = sum_s w (q . s), and ||u||^2 = w G w^T with G = S S^T once per item. A
+cosine does not depend on the length of u, so the weights are never divided by their sum.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hacan.alignment.axes import RegionAxis, TokenAxis
 from hacan.alignment.base import FineAlignment
+from hacan.alignment.segments import Segments
+from hacan.alignment.sides import Block, Regions, Tokens, inverse_norms
 
 FOCAL_TYPES = ("prob", "equal")
+STEEP = 20.0  # |lambda b| stays below it: exp needs no shift in float32, with features up to 1e6
 
 
 class HybridAlignment(FineAlignment):
@@ -19,38 +32,69 @@ class HybridAlignment(FineAlignment):
         self.temperature = temperature
         self.focal_type = focal_type
 
-    def score_block(self, stream: str, regions: Tensor, tokens: Tensor) -> Tensor:
-        """Regions [N, R, d] x tokens [m, L, d] -> scores [N, m] of one stream."""
-        count, places, _ = regions.shape
-        captions, length, _ = tokens.shape
-        dots = (tokens.flatten(0, 1) @ regions.flatten(0, 1).T).view(captions, length, count, places)
-        focal = self.focal_type if stream == "ksf" else None
-        scores = []
-        if self.direction in ("i2t", "both"):
-            grams = tokens @ tokens.mT
-            attended = lambda w: (grams @ w.flatten(2)).view_as(w)  # noqa: E731
-            norms = regions.square().sum(-1)
-            scores.append(_attend(dots, attended, norms, 1, 3, self.temperature, focal).mean(2))
-        if self.direction in ("t2i", "both"):
-            grams = regions @ regions.mT
-            attended = lambda w: torch.einsum("clnr,nrs->clns", w, grams)  # noqa: E731
-            norms = tokens.square().sum(-1)[:, :, None]
-            scores.append(_attend(dots, attended, norms, 3, 1, self.temperature, focal).mean(1))
-        return (sum(scores) / len(scores)).T
+    def derive_regions(self, features: Tensor, *, filtered: bool) -> Regions:
+        """Norms of the regions [N, R], and for t2i their Gram matrices [N, R, R]."""
+        grams = features @ features.mT if "t2i" in self.directions else None
+        return Regions(features, inverse_norms(features), grams)
+
+    def derive_tokens(self, features: Tensor, segments: Segments, *, filtered: bool) -> Tokens:
+        """Norms of the tokens [T], and for i2t the captions' Gram matrices, run by run."""
+        grams = None
+        if "i2t" in self.directions:
+            grams = tuple(part @ part.mT for part in segments.split(features))
+        return Tokens(features, inverse_norms(features), grams)
+
+    def score_stream(self, stream: str, block: Block) -> Tensor:
+        """Scores of one stream, [m, N]."""
+        arguments = {"directions": self.directions, "temperature": self.temperature}
+        if stream == "ksf":
+            return key_semantic_filter(block, focal_type=self.focal_type, **arguments)
+        return local_relationship_guidance(block, **arguments)
 
 
-def _attend(dots, attended, query_norms, source, query, temperature, focal):  # noqa: ANN001, ANN202
-    a = F.leaky_relu(dots, 0.1)
-    b = a / ((a.square().sum(query, keepdim=True) + 1e-30).sqrt() + 1e-8)
-    w = torch.softmax(temperature * b, source)
-    if focal is not None:
-        with torch.no_grad():
-            bar = (w**1.5).sum(source, keepdim=True) / w.sqrt().sum(source, keepdim=True)
-            if focal == "equal":
-                bar = torch.full_like(bar, 1 / w.shape[source])
-            keep = w > bar * (1 - 32 * torch.finfo(w.dtype).eps)
-        w = w * keep
-        w = w / w.sum(source, keepdim=True)
-    num = (w * dots).sum(source)
-    den = (w * attended(w)).sum(source).clamp_min(1e-16)
-    return num * torch.rsqrt(den * query_norms.clamp_min(1e-16))
+def local_relationship_guidance(block: Block, *, directions: tuple[str, ...], temperature: float) -> Tensor:
+    """LRG: score(Q, S) with soft attention, [m, N], the mean over `directions` (METHOD section 2)."""
+    return _attention_score(block, directions, temperature, None)
+
+
+def key_semantic_filter(block: Block, *, directions: tuple[str, ...], temperature: float, focal_type: str) -> Tensor:
+    """KSF: the same with focal weights, [m, N] (METHOD section 2).
+
+    Source s is kept for query q when w_qs > sum_s' w^1.5 / sum_s' w^0.5 ("prob", which is the quadratic test written
+    out) or w_qs > 1 / n_s ("equal"). Both bars are at most the largest weight, and reach it only when all weights are
+    equal: a bar lower by 32 rounding errors keeps everything then, as METHOD asks, and changes nothing else.
+    """
+    return _attention_score(block, directions, temperature, focal_type)
+
+
+def _attention_score(block: Block, directions: tuple[str, ...], temperature: float, focal_type: str | None) -> Tensor:
+    dots = block.product()
+    raw = F.leaky_relu(dots, 0.1)
+    regions, tokens = RegionAxis(block), TokenAxis(block)
+    scores = []
+    for direction in directions:
+        queries, sources = (regions, tokens) if direction == "i2t" else (tokens, regions)
+        weights = raw * queries.spread(temperature / (queries.norm(raw) + 1e-8))
+        if temperature > STEEP:
+            weights = weights - sources.spread(sources.max(weights.detach()))
+        weights = weights.exp_()
+        if focal_type is not None:
+            weights = weights * _kept(weights.detach(), sources, focal_type)
+        # cos(q, u) of u = sum_s e_s s, with ||u|| / sum_s e_s at least 1e-8
+        floor = (1e-8 * sources.sum(weights)).square()
+        squares = torch.maximum(sources.quadratic(weights), floor)
+        cosines = sources.sum(weights * dots) * squares.rsqrt() * queries.inverse_norms()
+        scores.append(queries.mean(cosines).squeeze(2))
+    return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
+
+
+@torch.no_grad()
+def _kept(weights: Tensor, sources: RegionAxis | TokenAxis, focal_type: str) -> Tensor:
+    """1 where a source is kept for a query, else 0; weights may have any scale."""
+    if focal_type == "prob":
+        roots = weights.sqrt()
+        bar = sources.sum(weights * roots) / sources.sum(roots)
+    else:
+        bar = sources.mean(weights)
+    bar = sources.spread(bar * (1 - 32 * torch.finfo(weights.dtype).eps))
+    return torch.gt(weights, bar, out=torch.empty_like(weights))

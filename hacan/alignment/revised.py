@@ -1,38 +1,72 @@
-"""The revised form of the fine similarity: cosines, without gates, since they cancel (METHOD section 3)."""
+"""The revised form of the fine similarity: cosines c(., .) of words and regions (METHOD section 3).
+
+[CLS] and [SEP] take no part. The gates of the Local Relationship Guidance are positive numbers, and a cosine ignores
+positive scale: they cancel exactly (up to the floor of the norms), so they are not computed.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hacan.alignment.base import FineAlignment
+from hacan.alignment.segments import Segments
+from hacan.alignment.sides import Block, Regions, Tokens, inverse_norms, residuals
 
 
 class RevisedAlignment(FineAlignment):
-    """KSF(V_h, T_h) + LRG(V_m, T_h) + LRG(V_h, T_m) on cosines (METHOD section 3)."""
+    """KSF(V_h, T_h) + LRG(V_m, T_h) + LRG(V_h, T_m) on cosines; only KSF has a direction (METHOD section 3)."""
 
-    def score_block(self, stream: str, regions: Tensor, tokens: Tensor) -> Tensor:
-        """Regions [N, R, d] x tokens [m, L, d] -> scores [N, m] of one stream."""
-        if tokens.shape[1] > 2:
-            tokens = tokens[:, 1:-1]
-        if stream != "ksf":
-            p = torch.einsum("cld,nrd->clnr", _unit(tokens), _unit(regions))
-            return (torch.softmax(p, 3) * p).sum(3).mean(1).T
-        r = torch.einsum("cld,nrd->clnr", _unit(tokens), _unit(regions))
-        delta = r - (r.mean(1, keepdim=True) + r.mean(3, keepdim=True)) / 2
-        sign = delta.sign() * (delta.abs() > 1e-8)
-        scores = []
-        if self.direction in ("i2t", "both"):
-            z = torch.einsum("cld,nrd->clnr", _unit(_residual(tokens)), _unit(regions)) * sign
-            scores.append(z.amax(1).mean(2))
-        if self.direction in ("t2i", "both"):
-            z = torch.einsum("cld,nrd->clnr", _unit(tokens), _unit(_residual(regions))) * sign
-            scores.append(z.amax(3).mean(1))
-        return (sum(scores) / len(scores)).T
+    drop_ends = True
+
+    def derive_regions(self, features: Tensor, *, filtered: bool) -> Regions:
+        """Regions of unit length, and for t2i their residuals of unit length, [N, R, d] both."""
+        rest = None
+        if filtered and "t2i" in self.directions:
+            rest, scale = residuals(features, features.mean(1, keepdim=True))
+            rest = rest * scale[..., None]
+        return Regions(features * inverse_norms(features)[..., None], residuals=rest)
+
+    def derive_tokens(self, features: Tensor, segments: Segments, *, filtered: bool) -> Tokens:
+        """Norms of the tokens [T], and for i2t of their residuals [T]."""
+        rest = None
+        if filtered and "i2t" in self.directions:
+            rest = residuals(features, segments.spread(segments.mean(features)))[1]
+        return Tokens(features, inverse_norms(features), inverse_residual_norms=rest)
+
+    def score_stream(self, stream: str, block: Block) -> Tensor:
+        """Scores of one stream, [m, N]."""
+        if stream == "ksf":
+            return key_semantic_filter(block, directions=self.directions)
+        return local_relationship_guidance(block)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp_min(1e-16))
+def local_relationship_guidance(block: Block) -> Tensor:
+    """LRG: the mean over words of sum_v softmax_v(p) p, p = c(v, t), [m, N] (METHOD section 3).
+
+    Release: gates on words and regions; here: none, because they cancel. |p| <= 1, so exp needs no shift.
+    """
+    p = block.product() * block.tokens.inverse_norms[:, None, None]
+    weights = p.exp()
+    return block.segments.mean((weights * p).sum(2) / weights.sum(2))
 
 
-def _residual(x: Tensor) -> Tensor:
-    shifted = x - x[..., :1, :]
-    return shifted - shifted.mean(-2, keepdim=True)
+def key_semantic_filter(block: Block, *, directions: tuple[str, ...]) -> Tensor:
+    """KSF: the mean over q of max_s z, z = c(q, s - mean(S)) sign(delta), [m, N] (METHOD section 3).
+
+    delta = ((r - mean_s r) + (r - mean_q r)) / 2 with r = c(q, s), the same in both directions; z is zero where
+    |delta| <= 1e-8. The product is taken with the residual sources themselves: no difference of large numbers.
+    """
+    tokens, segments = block.tokens, block.segments
+    with torch.no_grad():
+        r = block.product() * tokens.inverse_norms[:, None, None]
+        delta = r - (segments.spread(segments.mean(r)) + r.mean(2, keepdim=True)) / 2
+        sign = F.hardshrink(delta, 1e-8).sign()
+    scores = []
+    if "i2t" in directions:
+        rest = tokens.features - segments.spread(segments.mean(tokens.features))
+        z = block.product(tokens=rest) * (sign * tokens.inverse_residual_norms[:, None, None])
+        scores.append(segments.max(z).mean(2))
+    if "t2i" in directions:
+        z = block.product(regions=block.regions.residuals) * sign
+        scores.append(segments.mean(z.amax(2) * tokens.inverse_norms[:, None]))  # a positive scale leaves max in place
+    return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2

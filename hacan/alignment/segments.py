@@ -1,0 +1,92 @@
+"""Reductions over the tokens of each caption when the captions stand one after the other, without padding."""
+
+import torch
+from torch import Tensor
+
+
+class Segments:
+    """m captions, in any order, whose T tokens are the rows of a matrix; every caption has at least one token.
+
+    Sums need no order. What needs captions of one length side by side (maxima, Gram matrices) sees them as `runs`.
+    """
+
+    def __init__(self, lengths: Tensor, device: torch.device | str) -> None:
+        """`lengths` [m] int64, on the CPU."""
+        ends = lengths.cumsum(0)
+        self.rows = int(lengths.sum())
+        self._starts = (ends - lengths).to(device)
+        self._every = torch.arange(self.rows, device=device)
+        self._owner = torch.repeat_interleave(lengths).to(device)
+        self._lengths = lengths.to(device)
+        self._sorted_rows = self._back = None
+        self.by_length = torch.arange(len(lengths))  # captions in the order of the runs
+        if bool((lengths.diff() < 0).any()):
+            self.by_length = torch.argsort(lengths, stable=True)
+            self._back = torch.argsort(self.by_length).to(device)
+            lengths = lengths[self.by_length]
+            self._sorted_rows = ranges(ends[self.by_length] - lengths, lengths).to(device)
+        values, counts = lengths.unique_consecutive(return_counts=True)
+        self.runs = list(zip(values.tolist(), counts.tolist(), strict=True))  # (length, captions of that length)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [m, ...], the sum over each caption's tokens."""
+        return _Sum.apply(values.flatten(1), self).view(-1, *values.shape[1:])
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [m, ...], the mean over each caption's tokens."""
+        total = self.sum(values)
+        return total / self._lengths.view(-1, *[1] * (total.ndim - 1))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[m, ...] -> [T, ...], each caption's value at all of its tokens."""
+        return _Spread.apply(values.flatten(1), self).view(-1, *values.shape[1:])
+
+    def max(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [m, ...], the maximum over each caption's tokens."""
+        return self.join([part.amax(1) for part in self.split(values)])
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """[T, ...] -> [count, length, ...] for each run of captions of one length: views where they stand together."""
+        if self._sorted_rows is not None:
+            values = values.index_select(0, self._sorted_rows)
+        parts = values.split([length * count for length, count in self.runs])
+        return [
+            part.view(count, length, *values.shape[1:]) for part, (length, count) in zip(parts, self.runs, strict=True)
+        ]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Results [count, ...] of each run -> [m, ...] in the order of the captions."""
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return values if self._back is None else values.index_select(0, self._back)
+
+
+class _Sum(torch.autograd.Function):
+    """Segment sum: an embedding bag of consecutive rows, the fastest in torch; its own gradient would be a scatter."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, segments: Segments) -> Tensor:  # noqa: ANN001
+        ctx.segments = segments
+        return torch.embedding_bag(values, segments._every, segments._starts, False, 0)[0]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        return _Spread.apply(gradient, ctx.segments), None
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of the segment sum."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, segments: Segments) -> Tensor:  # noqa: ANN001
+        ctx.segments = segments
+        return values.index_select(0, segments._owner)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        return _Sum.apply(gradient.contiguous(), ctx.segments), None
+
+
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The ranges starts[k] : starts[k] + lengths[k], one after the other."""
+    ends = lengths.cumsum(0)
+    return torch.repeat_interleave(starts - ends + lengths, lengths) + torch.arange(int(lengths.sum()))

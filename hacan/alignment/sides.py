@@ -1,0 +1,130 @@
+"""What a block of scores is made of: the regions of some images and the tokens of some captions."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hacan.alignment.layouts import Listing, Rectangle
+from hacan.alignment.packing import CaptionOrder
+from hacan.alignment.segments import Segments
+from hacan.types import EncodedImages, PackedTexts
+
+STREAMS = ("ksf", "lrg_high", "lrg_mid")
+LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid", "high")}  # of image, of text
+
+
+class Regions(NamedTuple):
+    """Regions of N images at one level, and what a form derives from them once per image."""
+
+    features: Tensor  # [N, R, d] (revised: of unit length)
+    inverse_norms: Tensor | None = None  # [N, R]
+    grams: Tensor | None = None  # [N, R, R]
+    residuals: Tensor | None = None  # [N, R, d] unit length or zero
+
+
+class Tokens(NamedTuple):
+    """Tokens of m captions at one level, and what a form derives from them once per caption."""
+
+    features: Tensor  # [T, d]
+    inverse_norms: Tensor | None = None  # [T]
+    grams: tuple[Tensor, ...] | None = None  # [count, length, length] for each run of captions of one length
+    inverse_residual_norms: Tensor | None = None  # [T]
+
+
+class Block(NamedTuple):
+    """One stream of a block: the regions of N images meet the T tokens of m captions, as the layout says."""
+
+    regions: Regions
+    tokens: Tokens
+    segments: Segments
+    layout: Rectangle | Listing
+
+    def product(self, *, tokens: Tensor | None = None, regions: Tensor | None = None) -> Tensor:
+        """Dot products [T, N, R] of the features, or of what stands in for them."""
+        return self.layout.product(
+            self.tokens.features if tokens is None else tokens, self.regions.features if regions is None else regions
+        )
+
+
+def inverse_norms(features: Tensor) -> Tensor:
+    """[..., d] -> [...]: 1 / max(||x||, 1e-8), the floor inside the root, so that the gradient at 0 is finite."""
+    return features.square().sum(-1).clamp_min(1e-16).rsqrt()
+
+
+def residuals(sources: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual sources x - mean [..., d], and the inverse of their norms [...]: 0 where the residual is 0.
+
+    A residual within rounding of the mean (32 epsilon of ||x||) counts as zero: sources that are all equal, a single
+    one among them, have no direction left, and rounding must not invent one.
+    """
+    rest = sources - mean
+    size = rest.detach().square().sum(-1)
+    bound = (32 * torch.finfo(sources.dtype).eps) ** 2 * sources.detach().square().sum(-1)
+    return rest, inverse_norms(rest) * (size > bound)
+
+
+class TokenBank:
+    """Serves the tokens of captions, gathered and upcast on demand; what is small is computed once and kept."""
+
+    def __init__(self, texts: PackedTexts, order: CaptionOrder, levels: set[str], device: torch.device, dtype) -> None:  # noqa: ANN001
+        self.order, self.device, self.dtype = order, device, dtype
+        self.levels = sorted(levels)
+        self._banks = {level: getattr(texts, level) for level in self.levels}
+        self._derived: dict[str, Tokens] = {}
+        self._grams: dict[str, dict[int, Tensor]] = {}
+
+    def derive(self, form, filtered: set[str], rows: int) -> None:  # noqa: ANN001
+        """Let a form compute its statistics of all captions, `rows` tokens at a time."""
+        everything = torch.arange(len(self.order))
+        for level in self.levels:
+            parts, grams = [], {}
+            for places in self.order.chunks(everything, rows):
+                segments = self.order.segments(places, self.device)
+                part = form.derive_tokens(self.features(level, places), segments, filtered=level in filtered)
+                for (length, _), gram in zip(segments.runs, part.grams or (), strict=False):
+                    grams.setdefault(length, []).append(gram)
+                parts.append(part._replace(features=None, grams=None))
+            columns = zip(*parts, strict=True)
+            self._derived[level] = Tokens(*(None if column[0] is None else torch.cat(column) for column in columns))
+            self._grams[level] = {length: torch.cat(pieces) for length, pieces in grams.items()}
+
+    def features(self, level: str, places: Tensor) -> Tensor:
+        """Tokens [T, d] of the captions at these places of the order."""
+        bank, rows = self._banks[level], self.order.bank_rows(places)
+        if bool((rows.diff() == 1).all()):
+            picked = bank[int(rows[0]) : int(rows[-1]) + 1]
+        else:
+            picked = bank.index_select(0, rows.to(bank.device))
+        return picked.to(device=self.device, dtype=self.dtype)
+
+    def tokens(self, places: Tensor, features: dict[str, Tensor] | None = None) -> tuple[dict[str, Tokens], Segments]:
+        """All levels of the captions at these places; `features` where they are already gathered."""
+        segments = self.order.segments(places, self.device)
+        rows = self.order.rows(places).to(self.device)
+        counts = [count for _, count in segments.runs]
+        in_run = self.order.places_in_run(places[segments.by_length]).to(self.device).split(counts)
+        sides = {}
+        for level in self.levels:
+            derived, grams = self._derived[level], self._grams[level]
+            sides[level] = Tokens(
+                features=self.features(level, places) if features is None else features[level],
+                inverse_norms=_take(derived.inverse_norms, rows),
+                inverse_residual_norms=_take(derived.inverse_residual_norms, rows),
+                grams=tuple(grams[length][at] for (length, _), at in zip(segments.runs, in_run, strict=True))
+                if grams
+                else None,
+            )
+        return sides, segments
+
+
+def region_features(images: EncodedImages, level: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Regions [N, R, d] of some images (ascending rows), a view where they stand together and need no upcast."""
+    bank = getattr(images, level)
+    if bool((rows.diff() == 1).all()):
+        return bank[int(rows[0]) : int(rows[-1]) + 1].to(dtype)
+    return bank.index_select(0, rows.to(bank.device)).to(dtype)
+
+
+def _take(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values.index_select(0, rows)
