@@ -126,7 +126,7 @@ def demo_config() -> None:
 
     image_encoder = "convnext_atto"
     image_weights = "random"
-    # No layer scale: at its usual start of 1e-6 every block is an identity, and a short training from scratch leaves it so.
+    # No layer scale: from its usual start of 1e-6 every block is an identity, and a short training leaves it so.
     image_encoder_args = "depths=[1, 1, 2, 1], dims=[32, 64, 96, 128], ls_init_value=None"
     text_encoder = "bert"
     text_weights = "random"

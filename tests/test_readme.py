@@ -1,0 +1,76 @@
+"""The README is true: its commands are valid, its files and names exist."""
+
+import importlib
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from sacred.arg_parser import get_config_updates
+
+from config import ex
+from hacan.settings import Settings
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+def test_the_readme_has_commands_of_each_kind():
+    assert any(command.startswith("make ") for command in COMMANDS)
+    assert sum(command.startswith("python run.py with") for command in COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python run.py with")])
+def test_each_run_is_a_valid_config(command):
+    updates, named = get_config_updates(shlex.split(command)[3:])
+    run = ex._create_run("print_config", config_updates=updates, named_configs=named)
+    Settings.from_flat(dict(run.config.items()))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_each_make_target_exists(command):
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python scripts/")])
+def test_each_script_knows_the_options_it_is_given(command):
+    words = shlex.split(command)
+    result = subprocess.run([sys.executable, words[1], "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    for option in words[2:]:
+        if option.startswith("--"):
+            assert option in result.stdout
+
+
+def test_sacreds_own_commands_work():
+    result = subprocess.run(
+        [sys.executable, "run.py", "print_config", "with", "coco_config"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "datasets = 'coco'" in result.stdout
+    assert "python run.py print_config with coco_config" in COMMANDS
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:hacan|datamodules|docs|tests|scripts)/[\w/.]+\.\w+)`", README)))
+)
+def test_each_file_that_is_named_exists(path):
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"^\| .*? \| `(hacan/[\w/]+\.py|datamodules/\w+\.py)` \| (`.*`) \|$", README, re.M)
+)
+def test_each_name_in_the_table_of_the_method_is_where_it_says(row):
+    path, names = row
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    for name in re.findall(r"`(\w+)`", names):
+        assert hasattr(module, name), f"{path} has no {name}"
