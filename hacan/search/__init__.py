@@ -1,1 +1,5 @@
-""""""
+"""An index over a user's own pictures: `Index.open(path).search("two dogs run on grass")`."""
+
+from hacan.search.index import Index, Result, Update
+
+__all__ = ["Index", "Result", "Update"]

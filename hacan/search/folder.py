@@ -1,0 +1,60 @@
+"""Pictures of a folder, and texts of a CSV file: what an index is built from."""
+
+import csv
+import hashlib
+import os
+from pathlib import Path
+
+from hacan.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+COLUMNS = ("caption", "text")
+
+
+def pictures_below(folder: str | Path) -> list[Path]:
+    """Absolute paths of the pictures at any depth, sorted; no hidden ones, no links to folders."""
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder that holds your pictures")
+    found = []
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): let this user read it, or move it away")
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found)
+
+
+def hash_of_file(path: Path) -> str:
+    """BLAKE2b of the content, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def hash_of_text(text: str) -> str:
+    """BLAKE2b of the text, hex."""
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def texts_of_csv(path: str | Path) -> list[str]:
+    """The texts of a CSV file with a column `caption` (or `text`), each once, in the order of the file."""
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = {name.strip().lower(): name for name in reader.fieldnames or [] if name}
+            column = next((columns[name] for name in COLUMNS if name in columns), None)
+            if column is None:
+                raise UserError(
+                    f"{path} has the columns {', '.join(columns) or '(none)'}; expected one called caption or text in "
+                    "its first line"
+                )
+            texts = [(row[column] or "").strip() for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}; save it again in that form") from error
+    texts = list(dict.fromkeys(text for text in texts if text))
+    if not texts:
+        raise UserError(f"{path} holds no text in its column {column!r}")
+    return texts

@@ -1,0 +1,351 @@
+"""The index: pictures encoded once, found by sentences or by pictures, coarse to fine as in the evaluator.
+
+A folder holds index.json (the model, the shapes, where the vectors are), the float16 files of the fine features, and,
+unless a server keeps them, the vectors. An item is a content: a file that moves keeps its features, a copy is a second
+path of one item. The store's entry is written after the features, so that what it lists is complete.
+"""
+
+import contextlib
+import fcntl
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hacan.alignment import pack_texts
+from hacan.errors import UserError
+from hacan.pixels import read_picture
+from hacan.pretrained import Pretrained
+from hacan.retrieval.features import hash_of_tensors
+from hacan.retrieval.store import write_atomically
+from hacan.search.folder import hash_of_file, hash_of_text, pictures_below
+from hacan.search.rows import RowFile
+from hacan.search.store import Hit, Item, VectorStore
+from hacan.types import EncodedImages, EncodedTexts
+
+FORMAT = 1
+FILE = "index.json"
+PICTURES, TEXTS = "pictures", "texts"
+SHORTLIST = 50  # K of METHOD section 6
+
+
+class Result(NamedTuple):
+    """One answer."""
+
+    rank: int  # from 1
+    row: int  # its number in the index, which a later update may give to another item once this one has left
+    name: str  # the path of a picture, or a text
+    coarse: float  # cosine of the global embeddings
+    fine: float | None  # fine similarity, which orders; None between two pictures, for which the method has none
+
+
+class Update(NamedTuple):
+    """What an update did, in items."""
+
+    added: int
+    kept: int
+    moved: int  # kept, under other paths
+    removed: int
+    bad: list[tuple[str, str]]  # path, reason
+
+
+class Index:
+    """Pictures (and texts) of a user, searchable with one model. `create` or `open` one; use it in a `with`."""
+
+    def __init__(self, path: Path, about: dict[str, Any], pretrained: Pretrained) -> None:
+        self.path, self.about, self.pretrained = path, about, pretrained
+        high, mid, width = about["shapes"]["high"], about["shapes"]["mid"], about["shapes"]["width"]
+        words = about["max_text_len"]
+        self._files = {
+            PICTURES: [RowFile(path / "high.f16", (high, width)), RowFile(path / "mid.f16", (mid, width))],
+            TEXTS: [RowFile(path / "text_high.f16", (words, width)), RowFile(path / "text_mid.f16", (words, width))],
+        }
+        self._store = VectorStore(about["store"] or path / "vectors")
+        self._collections = {kind: f"hacan_{about['name']}_{kind}" for kind in (PICTURES, TEXTS)}
+        for collection in self._collections.values():
+            self._store.make(collection, width=width)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, model: str | Path | Pretrained, store: str = "", device: torch.device | str = "cpu"
+    ) -> Self:
+        """A new, empty index in a folder. store: the URL of a Qdrant server or cluster; empty: inside the folder."""
+        path = Path(path)
+        if (path / FILE).exists():
+            raise UserError(f"{path} holds an index already: open it, or give another folder")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} is there and is no index: give a new or an empty folder")
+        pretrained = _loaded(model, device)
+        mid, high = pretrained.model.region_grids(height=pretrained.image_size, width=pretrained.image_size)
+        about = {
+            "format": FORMAT,
+            "name": uuid.uuid4().hex[:12],  # of the collections: one server may hold several indexes
+            "model": "" if isinstance(model, Pretrained) else str(Path(model).resolve()),
+            **_identity(pretrained),
+            "shapes": {
+                "high": high[0] * high[1],
+                "mid": mid[0] * mid[1],
+                "width": pretrained.model.project_image_high.out_features,
+            },
+            "store": store,
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / FILE, json.dumps(about, indent=1) + "\n")
+        return cls(path, about, pretrained)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, model: str | Path | Pretrained | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """An index that is there, with its own model, or with `model` where that has moved; another one is refused."""
+        path = Path(path)
+        try:
+            about = json.loads((path / FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} is no index ({FILE}: {getattr(error, 'strerror', None) or error}): scripts/index.py makes one"
+            ) from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise UserError(f"{path / FILE} is not of format {FORMAT}: index the pictures again into a new folder")
+        source = model if model is not None else about["model"]
+        if source == "":
+            raise UserError(f"{path} does not know where its model is: give it, --model OUT_DIR_OR_CKPT")
+        pretrained = _loaded(source, device)
+        given = _identity(pretrained)
+        if any(about[key] != value for key, value in given.items()):
+            raise UserError(
+                f"{path} was made with the model {about['model_hash'][:12]}, but {_name(source)} is "
+                f"{given['model_hash'][:12]}: give the model of then with --model, or index into a new folder"
+            )
+        return cls(path, about, pretrained)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the index."""
+        self._store.close()
+
+    def count(self, kind: str = PICTURES) -> int:
+        """How many pictures, or `texts`, it holds."""
+        return self._store.count(self._collections[kind])
+
+    def item(self, row: int, kind: str = PICTURES) -> Item | None:
+        """What is at a row: payload `paths` of a picture, `text` of a text; None where nothing is."""
+        return self._store.item(self._collections[kind], row)
+
+    def rows(self, kind: str = PICTURES) -> list[Item]:
+        """Every item of a kind."""
+        return list(self._store.items(self._collections[kind]))
+
+    # ----------------------------------------------------------------------------------------------------- building
+
+    def update(self, folder: str | Path, *, batch_size: int = 16, progress: bool = True) -> Update:
+        """Make the index hold exactly the pictures below `folder`, beside those of other folders.
+
+        Known contents are not encoded again, wherever their file is now; files that cannot be read are listed.
+        Interrupted, it goes on from the last batch when it is called again.
+        """
+        folder = Path(folder).resolve()
+        with self._writing():
+            paths = pictures_below(folder)
+            bad: list[tuple[str, str]] = []
+            present: dict[str, list[str]] = {}
+            for path in tqdm(paths, desc="reading", unit="file", delay=1, disable=not progress):
+                try:
+                    present.setdefault(hash_of_file(path), []).append(str(path))
+                except OSError as error:
+                    bad.append((str(path), error.strerror or str(error)))
+            items = self.rows()
+            moved, gone = self._settle_known(items, folder, present)
+            known = {item.payload["hash"] for item in items}
+            fresh = [(content, found) for content, found in present.items() if content not in known]
+            rows = _free_rows({item.row for item in items} - set(gone))
+            added = 0
+            bar = tqdm(total=len(fresh), desc="encoding", unit="picture", disable=not progress)
+            for start in range(0, len(fresh), batch_size):
+                part = fresh[start : start + batch_size]
+                added += self._add_pictures(part, rows, bad)
+                bar.update(len(part))
+            bar.close()
+        return Update(added, len(items) - len(gone), moved, len(gone), bad)
+
+    def set_texts(self, texts: Sequence[str], *, batch_size: int = 64, progress: bool = True) -> Update:
+        """Make the index hold exactly these texts, for pictures to find; known ones are not encoded again."""
+        collection = self._collections[TEXTS]
+        with self._writing():
+            items = self.rows(TEXTS)
+            wanted = {hash_of_text(text): text for text in texts}
+            gone = [item.row for item in items if item.payload["hash"] not in wanted]
+            self._store.remove(collection, gone)
+            known = {item.payload["hash"] for item in items}
+            fresh = [(content, text) for content, text in wanted.items() if content not in known]
+            rows = _free_rows({item.row for item in items} - set(gone))
+            bar = tqdm(total=len(fresh), desc="encoding texts", unit="text", disable=not progress)
+            for start in range(0, len(fresh), batch_size):
+                part = fresh[start : start + batch_size]
+                encoded = self.pretrained.encode_texts([text for _, text in part])
+                places = list(islice(rows, len(part)))
+                lengths = encoded.mask.sum(1).tolist()
+                for file, values in zip(self._files[TEXTS], (encoded.high, encoded.mid), strict=True):
+                    padded = np.zeros((len(part), *file.shape), np.float32)
+                    for k, length in enumerate(lengths):  # real tokens first, wherever the tokenizer puts padding
+                        padded[k, :length] = values[k][encoded.mask[k]].float().cpu().numpy()
+                    file.write(places, padded)
+                payloads = [
+                    {"hash": content, "text": text, "tokens": length}
+                    for (content, text), length in zip(part, lengths, strict=True)
+                ]
+                self._store.put(collection, places, encoded.pooled.float().cpu().numpy(), payloads)
+                bar.update(len(part))
+            bar.close()
+        return Update(len(fresh), len(items) - len(gone), 0, len(gone), [])
+
+    def _settle_known(self, items: list[Item], folder: Path, present: dict[str, list[str]]) -> tuple[int, list[int]]:
+        """Take out contents that have left and note moved ones; the number moved, and the rows that became free."""
+        moved, gone = 0, []
+        for item in items:
+            here = present.get(item.payload["hash"], [])
+            elsewhere = [path for path in item.payload["paths"] if not Path(path).is_relative_to(folder)]
+            if here:  # found again below this folder: it has left where no file is now
+                elsewhere = [path for path in elsewhere if Path(path).is_file()]
+            paths = sorted({*here, *elsewhere})
+            if not paths:
+                gone.append(item.row)
+            elif paths != item.payload["paths"]:
+                self._store.describe(self._collections[PICTURES], item.row, {**item.payload, "paths": paths})
+                moved += 1
+        self._store.remove(self._collections[PICTURES], gone)
+        return moved, gone
+
+    def _add_pictures(self, part: list[tuple[str, list[str]]], rows: Iterator[int], bad: list[tuple[str, str]]) -> int:
+        pictures, payloads = [], []
+        for content, paths in part:
+            try:
+                pictures.append(read_picture(paths[0]))
+                payloads.append({"hash": content, "paths": sorted(paths)})
+            except UserError as error:
+                bad += [(path, str(error)) for path in paths]
+        if not pictures:
+            return 0
+        encoded = self.pretrained.encode_images(pictures)
+        places = list(islice(rows, len(pictures)))
+        for file, values in zip(self._files[PICTURES], (encoded.high, encoded.mid), strict=True):
+            file.write(places, values.float().cpu().numpy())
+        self._store.put(self._collections[PICTURES], places, encoded.pooled.float().cpu().numpy(), payloads)
+        return len(pictures)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One process changes an index at a time, also where a server keeps the vectors."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.path} is being changed by another process: wait until it has ended") from error
+            yield
+
+    # ---------------------------------------------------------------------------------------------------- searching
+
+    @torch.inference_mode()
+    def search(
+        self,
+        text: str = "",
+        *,
+        image: str | Path | np.ndarray | None = None,
+        find: str = "",
+        top: int = 10,
+        shortlist: int = SHORTLIST,
+    ) -> list[Result]:
+        """Pictures for a sentence; for a picture (a file, or uint8 [H, W, 3] RGB) texts, or similar `pictures`.
+
+        Coarse cosine over everything, the best `shortlist`, those re-ranked by the fine similarity (METHOD section 6).
+        find: `texts` or `pictures`; empty: pictures for a sentence, texts for a picture where there are any.
+        """
+        if bool(text.strip()) == (image is not None):
+            raise UserError("give a sentence or a picture to search by, one of the two")
+        if top < 1 or shortlist < 1:
+            raise UserError(f"top={top}, shortlist={shortlist}: expected numbers from 1")
+        find = find or (TEXTS if image is not None and self.count(TEXTS) else PICTURES)
+        if find not in (PICTURES, TEXTS) or (find == TEXTS and image is None):
+            raise UserError(f"find={find!r} with a {'picture' if image is not None else 'sentence'}: a sentence finds "
+                            "pictures; a picture finds texts or pictures")  # fmt: skip
+        if find == TEXTS and not self.count(TEXTS):
+            raise UserError(f"{self.path} holds no texts: add some with scripts/index.py --captions FILE.csv")
+        query = self.pretrained.encode_texts([text]) if image is None else self.pretrained.encode_images([image])
+        hits = self.shortlist(query.pooled[0], find, max(top, shortlist))
+        if image is not None and find == PICTURES:
+            return _results(hits, [None] * len(hits))[:top]
+        fine = self.fine(query, hits).tolist()
+        order = sorted(range(len(hits)), key=lambda place: -fine[place])  # stable: equals stay in the coarse order
+        return _results([hits[place] for place in order], [fine[place] for place in order])[:top]
+
+    def shortlist(self, pooled: Tensor, find: str, k: int) -> list[Hit]:
+        """The coarse stage: the k items of the highest cosine with a global embedding [d]."""
+        return self._store.nearest(self._collections[find], pooled.float().cpu().numpy(), k)
+
+    def features(self, row: int) -> EncodedImages:
+        """The fine features of one picture, as stored; its global embedding stays in the store and is zeros here."""
+        high, mid = (torch.from_numpy(file.read([row])).to(self.pretrained.device) for file in self._files[PICTURES])
+        return EncodedImages(high, mid, high.new_zeros(1, high.shape[-1]))
+
+    @torch.inference_mode()
+    def fine(self, query: EncodedImages | EncodedTexts, hits: Sequence[Hit]) -> Tensor:
+        """The fine stage: similarity [n] of one query with the pictures, or the texts, of a shortlist."""
+        if not hits:
+            return torch.empty(0)
+        rows, device = [hit.row for hit in hits], self.pretrained.device
+        of_texts = isinstance(query, EncodedImages)
+        kind = TEXTS if of_texts else PICTURES
+        high, mid = (torch.from_numpy(file.read(rows)).to(device) for file in self._files[kind])
+        pooled = query.pooled.expand(len(rows), -1)  # the fine stage reads none of its side; the container asks for it
+        each, one = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64)
+        if of_texts:
+            lengths = torch.tensor([hit.payload["tokens"] for hit in hits], device=device)
+            mask = torch.arange(high.shape[1], device=device) < lengths[:, None]
+            texts = pack_texts(EncodedTexts(high, mid, mask, pooled))
+            return self.pretrained.model.alignment.pairs(query, texts, torch.stack([one, each], 1)).cpu()
+        images = EncodedImages(high, mid, pooled)
+        return self.pretrained.model.alignment.pairs(images, pack_texts(query), torch.stack([each, one], 1)).cpu()
+
+
+def _results(hits: Sequence[Hit], fine: Sequence[float | None]) -> list[Result]:
+    return [
+        Result(
+            rank, hit.row, hit.payload["text"] if "text" in hit.payload else hit.payload["paths"][0], hit.coarse, score
+        )
+        for rank, (hit, score) in enumerate(zip(hits, fine, strict=True), start=1)
+    ]
+
+
+def _free_rows(used: set[int]) -> Iterator[int]:
+    """Rows that no item holds, from 0."""
+    return (row for row in count() if row not in used)
+
+
+def _loaded(model: str | Path | Pretrained, device: torch.device | str) -> Pretrained:
+    return model if isinstance(model, Pretrained) else Pretrained.load(model, device=device)
+
+
+def _name(model: str | Path | Pretrained) -> str:
+    return "the model given" if isinstance(model, Pretrained) else str(model)
+
+
+def _identity(pretrained: Pretrained) -> dict[str, Any]:
+    """What features depend on: the weights, and how pictures and texts are cut."""
+    return {
+        "model_hash": hash_of_tensors(pretrained.model.state_dict()),
+        "image_size": pretrained.image_size,
+        "centre_crop": pretrained.centre_crop,
+        "max_text_len": pretrained.max_text_len,
+    }

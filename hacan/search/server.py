@@ -1,0 +1,164 @@
+"""The web page over an index: sentences and pictures in, ranked pictures and texts out.
+
+Pictures go by their number in the index, never by a path, and always as a JPEG made anew. One thread does all the
+work, so that questions that come together wait for each other and none is lost. Nothing is loaded from the network.
+"""
+
+import asyncio
+import base64
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from hacan.errors import UserError
+from hacan.pixels import read_picture
+from hacan.report.heatmaps import STREAM_NAMES, overlay
+from hacan.search.index import PICTURES, TEXTS, Index, Result
+from hacan.search.pictures import jpeg, picture_of_upload
+from hacan.search.words import explain_features
+
+MOST_BYTES = 20 * 2**20  # of an upload
+MOST_PIXELS = 50_000_000
+MOST_RESULTS, LONGEST_TEXT = 100, 1000
+SIZES = {"small": 480, "large": 1600}  # pixels, long side
+KEPT_MAPS = 128  # explanations kept, each some hundred KiB
+MAP = 384
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")) -> FastAPI:
+    """The application. hosts: names that it answers to, so that no web site asks it through a name of its own."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
+    find_maps = lru_cache(KEPT_MAPS)(lambda row, content, text, stream: _maps(index, row, text, stream))
+
+    async def work(function: Callable, *arguments: Any) -> Any:
+        """In the one thread that works, after those that came before."""
+        return await asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
+
+    @app.middleware("http")
+    async def guard(request: Request, answer: Callable) -> Response:
+        response = await answer(request)
+        response.headers.update({name: value for name, value in HEADERS.items() if name not in response.headers})
+        return response
+
+    @app.exception_handler(UserError)
+    async def explain_mistake(request: Request, error: UserError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, status_code=400)
+
+    for route, (name, kind) in PAGE.items():
+        _serve_file(app, route, (Path(__file__).parent / name).read_bytes(), f"{kind}; charset=utf-8")
+
+    @app.get("/api/about")
+    async def about() -> dict[str, Any]:
+        return await work(lambda: {"pictures": index.count(PICTURES), "texts": index.count(TEXTS)})
+
+    @app.get("/api/search")
+    async def search(text: str, top: int = 24) -> dict[str, Any]:
+        if len(text) > LONGEST_TEXT:
+            raise UserError(f"the sentence has {len(text)} characters, expected {LONGEST_TEXT} at most")
+        results = await work(lambda: index.search(text, top=_within(top)))
+        return {"find": PICTURES, "text": text, "results": [_plain(result, PICTURES) for result in results]}
+
+    @app.post("/api/search")
+    async def search_by_picture(request: Request, find: str = "", top: int = 24) -> dict[str, Any]:
+        content = await _body(request)
+
+        def answer() -> dict[str, Any]:
+            picture = picture_of_upload(content, most_pixels=MOST_PIXELS)
+            kind = find or (TEXTS if index.count(TEXTS) else PICTURES)
+            results = index.search(image=picture, find=kind, top=_within(top))
+            return {"find": kind, "text": "", "results": [_plain(result, kind) for result in results]}
+
+        return await work(answer)
+
+    @app.get("/pictures/{row}")
+    async def picture(row: int, size: str = "small") -> Response:
+        if size not in SIZES:
+            raise UserError(f"size={size!r}: expected {' or '.join(SIZES)}")
+        content = await work(lambda: jpeg(_read(index, row), SIZES[size]))
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
+
+    @app.get("/api/explain")
+    async def explain(row: int, text: str, stream: str = "lrg_mid") -> dict[str, Any]:
+        if stream not in STREAM_NAMES or not text.strip() or len(text) > LONGEST_TEXT:
+            raise UserError(f"give a sentence, and as stream one of {', '.join(STREAM_NAMES)}")
+
+        def answer() -> dict[str, Any]:
+            return find_maps(row, _item(index, row)["hash"], text, stream)
+
+        return await work(answer)
+
+    return app
+
+
+def _serve_file(app: FastAPI, route: str, content: bytes, kind: str) -> None:
+    @app.get(route)
+    async def file() -> Response:
+        return Response(content, media_type=kind)
+
+
+async def _body(request: Request) -> bytes:
+    """What was sent, as long as it is no larger than allowed: the rest is not even read."""
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > MOST_BYTES:
+            raise HTTPException(413, f"the file is larger than {MOST_BYTES // 2**20} MiB: make it smaller")
+    return bytes(content)
+
+
+def _item(index: Index, row: int) -> dict[str, Any]:
+    item = index.item(row) if 0 <= row < 2**63 else None
+    if item is None:
+        raise HTTPException(404, "no such picture in the index")
+    return item.payload
+
+
+def _read(index: Index, row: int) -> Any:
+    for path in _item(index, row)["paths"]:
+        if Path(path).is_file():
+            return read_picture(path)
+    raise HTTPException(410, "the picture's file has gone; index the folder again")
+
+
+def _maps(index: Index, row: int, text: str, stream: str) -> dict[str, Any]:
+    """A picture with the map of each word laid over it, as data URIs."""
+    found = explain_features(index.pretrained, index.features(row), _read(index, row), text)
+    maps = next(maps for maps in found.streams if maps.stream == stream)
+    words = [
+        {"word": word.text, "map": "data:image/jpeg;base64," + base64.b64encode(jpeg(shown, MAP)).decode()}
+        for word, grid in zip(found.words, maps.grids, strict=True)
+        for shown in [overlay(found.picture, grid, *maps.range)]
+    ]
+    return {"words": words, "stream": STREAM_NAMES[stream], "unit": maps.unit, "score": maps.score}
+
+
+def _plain(result: Result, kind: str) -> dict[str, Any]:
+    """A result without its path: of a picture only the file's name is told."""
+    name = Path(result.name).name if kind == PICTURES else result.name
+    return {"rank": result.rank, "row": result.row, "name": name, "coarse": result.coarse, "fine": result.fine}
+
+
+def _within(top: int) -> int:
+    if not 1 <= top <= MOST_RESULTS:
+        raise UserError(f"top={top}: expected 1 to {MOST_RESULTS}")
+    return top
