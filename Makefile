@@ -24,3 +24,4 @@ test-all: lint
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python run.py with demo_config
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo_search.py
