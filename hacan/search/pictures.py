@@ -41,7 +41,11 @@ def picture_of_upload(content: bytes, *, most_pixels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as header:
             width, height = header.size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"the picture has far more than {most_pixels / 1e6:.0f} million pixels, the most allowed: shrink it"
+        ) from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise UserError("that file is no JPEG, PNG or WebP picture: choose another one") from error
     if width * height > most_pixels:
         raise UserError(

@@ -1,0 +1,132 @@
+"""Times a search of an index at full size: the whole query, and the coarse stage alone over more and more pictures.
+
+    python scripts/benchmark_search.py [--pictures 10000] [--coarse 1000 10000 100000] [--threads 2]
+
+The model has the full sizes (ConvNeXt-Base, BERT-Base, width 768, 49 and 196 regions) and random weights; the features
+are synthetic. Needs 3.8 GB of disk for 10,000 pictures. Run it with nothing else on the machine.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import BertTokenizerFast
+
+from hacan.build import build_model
+from hacan.pretrained import Pretrained
+from hacan.search import Index
+from hacan.search.index import PICTURES, SHORTLIST
+from hacan.search.store import VectorStore
+from hacan.settings import ModelSettings
+
+WIDTH = 768
+SENTENCE = "two dogs run on grass with a man with a red hat"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(SENTENCE.split())]
+REPEATS = 20
+
+
+def full_size_model() -> Pretrained:
+    """ConvNeXt-Base and BERT-Base with random weights; only the vocabulary is small."""
+    settings = ModelSettings(
+        image_encoder="convnext_base", image_weights="random", image_encoder_args={}, image_levels=(-2, -1),
+        text_encoder="bert", text_weights="random", text_encoder_args={}, text_levels=(-3, -1), embed_dim=WIDTH,
+        activation="leaky_relu", alignment="hybrid", direction="t2i", lambda_softmax=9.0, focal_type="prob",
+    )  # fmt: skip
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}, do_lower_case=True)
+    model = build_model(settings, image_size=224, score_memory=256, tokenizer=tokenizer)
+    return Pretrained(model=model, tokenizer=tokenizer, image_size=224, centre_crop=True, max_text_len=32)
+
+
+def unit_vectors(number: int, generator: np.random.Generator) -> np.ndarray:
+    """[number, 768] float32 around 1,000 centres, for embeddings of pictures come in clusters."""
+    centres = np.random.default_rng(7).standard_normal((1000, WIDTH)).astype(np.float32)
+    vectors = centres[generator.integers(0, 1000, number)]
+    vectors += generator.standard_normal(vectors.shape, dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Median and largest of REPEATS calls after a warm-up, in ms."""
+    function()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start) * 1000)
+    return statistics.median(times), max(times)
+
+
+def fill_store(store: VectorStore, collection: str, vectors: np.ndarray) -> None:
+    """Put all vectors, a thousand at a time."""
+    for start in tqdm(range(0, len(vectors), 1000), desc="storing vectors", unit="thousand"):
+        rows = range(start, min(start + 1000, len(vectors)))
+        payloads = [{"hash": f"{row:040x}", "paths": [f"/pictures/{row:07d}.jpg"]} for row in rows]
+        store.put(collection, rows, vectors[start : rows.stop], payloads)
+
+
+def measure_queries(pictures: int, folder: Path) -> None:
+    """The whole query, and its stages, with the model loaded."""
+    generator = np.random.default_rng(0)
+    index = Index.create(folder / "index", model=full_size_model())
+    fill_store(index._store, index._collections[PICTURES], unit_vectors(pictures, generator))
+    for file in index._files[PICTURES]:
+        noise = generator.standard_normal((64, *file.shape)).astype(np.float32)
+        for start in tqdm(range(0, pictures, 64), desc=f"writing {file.path.name}", unit="batch"):
+            rows = range(start, min(start + 64, pictures))
+            file.write(rows, noise[: len(rows)])
+    query = index.pretrained.encode_texts([SENTENCE])
+    hits = index.shortlist(query.pooled[0], PICTURES, SHORTLIST)
+    print(f"\n| text query, {pictures:,} pictures, K = {SHORTLIST} | median ms | max ms |\n| --- | --- | --- |")
+    for name, function in (
+        ("encode the sentence", lambda: index.pretrained.encode_texts([SENTENCE])),
+        ("coarse", lambda: index.shortlist(query.pooled[0], PICTURES, SHORTLIST)),
+        ("fine, with reading of features", lambda: index.fine(query, hits)),
+        ("whole query", lambda: index.search(SENTENCE)),
+    ):
+        print("| {} | {:.1f} | {:.1f} |".format(name, *timed(function)), flush=True)
+    index.close()
+
+
+def measure_coarse(sizes: list[int], folder: Path) -> None:
+    """The coarse stage in the store, against brute force."""
+    print("\n| vectors | coarse median ms | max ms | recall of the exact 50 |\n| --- | --- | --- | --- |")
+    for number in sizes:
+        generator = np.random.default_rng(1)
+        vectors, queries = unit_vectors(number, generator), unit_vectors(REPEATS, generator)
+        store = VectorStore(folder / f"coarse-{number}")
+        store.make("vectors", width=WIDTH)
+        fill_store(store, "vectors", vectors)
+        found = [{hit.row for hit in store.nearest("vectors", query, SHORTLIST)} for query in queries]
+        exact = [set(np.argsort(-(vectors @ query), kind="stable")[:SHORTLIST].tolist()) for query in queries]
+        recall = np.mean([len(one & other) / SHORTLIST for one, other in zip(found, exact, strict=True)])
+        median, largest = timed(lambda store=store, query=queries[0]: store.nearest("vectors", query, SHORTLIST))
+        print(f"| {number:,} | {median:.1f} | {largest:.1f} | {recall:.4f} |", flush=True)
+        store.close()
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=10_000, help="of the whole query; 0: leave it out")
+    parser.add_argument("--coarse", type=int, nargs="*", default=[1000, 10_000, 100_000])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, help="a folder on a disk with room")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        if options.pictures:
+            measure_queries(options.pictures, Path(folder))
+        measure_coarse(options.coarse, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

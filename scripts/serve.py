@@ -1,0 +1,44 @@
+"""Serves a web page over an index: type a sentence, or drop a picture.
+
+    python scripts/serve.py INDEX [--host 127.0.0.1] [--port 8000]
+
+Exit status: 0 ended, 2 something is to be mended.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hacan.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and serve until interrupted; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index", type=Path)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the whole network search your pictures")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--model", type=Path, help="where the model is now, if it has moved")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    options = parser.parse_args(arguments)
+    try:
+        import uvicorn
+
+        from hacan.search import Index
+        from hacan.search.server import make_app
+
+        with Index.open(options.index, model=options.model, device=options.device) as index:
+            local = options.host in ("127.0.0.1", "localhost", "::1")
+            app = make_app(index) if local else make_app(index, hosts=("*",))
+            print(f"http://{options.host}:{options.port}/ (end with Ctrl-C)", flush=True)
+            uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
