@@ -40,7 +40,12 @@ def line_chart(
     x_low, x_high = min(x_values), max(x_values)
     y_ticks = nice_ticks(0.0 if from_zero else min(y_values), max(y_values))
     y_low, y_high = min(y_ticks[0], *y_values), max(y_ticks[-1], *y_values)
-    x_ticks = _log_ticks(x_low, x_high) if log_x else [t for t in nice_ticks(x_low, x_high) if x_low <= t <= x_high]
+    if log_x:
+        x_ticks = _log_ticks(x_low, x_high)
+    else:
+        counts = all(float(x).is_integer() for x in x_values)  # epochs, steps: nothing lies between
+        ticks = nice_ticks(x_low, x_high)
+        x_ticks = [x for x in ticks if x_low <= x <= x_high and (x.is_integer() or not counts)]
 
     def across(x: float) -> float:
         low, high, value = (math.log(v) for v in (x_low, x_high, x)) if log_x else (x_low, x_high, x)

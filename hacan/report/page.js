@@ -70,8 +70,9 @@
     const picture = await pictureOf(pair.image);
     if (turn !== drawing) return;
     const width = picture.naturalWidth, height = picture.naturalHeight, most = opacity.value / 100;
+    maps.children[0].querySelector("img").src = picture.src;
     pair.streams.forEach((stream, k) => {
-      const canvas = maps.children[k].querySelector("canvas");
+      const canvas = maps.children[k + 1].querySelector("canvas");
       canvas.width = width;
       canvas.height = height;
       const context = canvas.getContext("2d");
@@ -107,7 +108,9 @@
     words.replaceChildren(...pair.words.map((item, k) => make("button", {
       type: "button", textContent: item.text, className: item.special ? "special" : "", onclick: () => chooseWord(k),
     })));
-    maps.replaceChildren(...pair.streams.map((stream) => {
+    const plain = make("img", { alt: "the picture, as the model sees it" });
+    const seen = make("figure", {}, make("figcaption", { textContent: "Picture" }), plain);
+    maps.replaceChildren(seen, ...pair.streams.map((stream) => {
       const canvas = make("canvas");
       canvas.setAttribute("role", "img");
       const scale = make("div", { className: "scale" });

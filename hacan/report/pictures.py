@@ -5,7 +5,7 @@ import base64
 import cv2
 import numpy as np
 
-QUALITY = 78
+QUALITY = 78  # of thumbnails
 
 
 def thumbnail(picture: np.ndarray, *, longest: int) -> np.ndarray:
@@ -17,9 +17,9 @@ def thumbnail(picture: np.ndarray, *, longest: int) -> np.ndarray:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def data_uri(picture: np.ndarray) -> str:
+def data_uri(picture: np.ndarray, *, quality: int = QUALITY) -> str:
     """[H, W, 3] uint8 RGB -> data:image/jpeg;base64,..."""
-    done, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+    done, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not done:
         raise ValueError(f"a picture of shape {picture.shape} and {picture.dtype} could not be encoded as JPEG")
     return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()

@@ -11,7 +11,7 @@ from hacan.retrieval.evaluate import Evaluation
 from hacan.retrieval.metrics import RECALLS
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
-RANKS = {"median": "median rank", "mean": "mean rank", "missed": "missed, % of queries"}
+RANKS = {"median": "median rank", "mean": "mean rank", "missed": "missed, %"}
 
 
 def headline(evaluation: Evaluation) -> str:
@@ -21,8 +21,8 @@ def headline(evaluation: Evaluation) -> str:
         ("Rsum", "rsum", "of 600"),
         ("R@1, image to text", "r1_i2t", "%"),
         ("R@1, text to image", "r1_t2i", "%"),
-        ("missed, image to text", "missed_i2t", "% of queries"),
-        ("missed, text to image", "missed_t2i", "% of queries"),
+        ("missed, image to text", "missed_i2t", "%"),
+        ("missed, text to image", "missed_t2i", "%"),
     ]
     cards = []
     for name, key, unit in figures:
@@ -38,7 +38,7 @@ def headline(evaluation: Evaluation) -> str:
 def results_tables(evaluation: Evaluation) -> str:
     """Coarse only and hierarchical, by direction."""
     stages = {"coarse": evaluation.coarse, "hierarchical": evaluation.hierarchical}
-    heads = ["coarse only", f"hierarchical, K = {evaluation.receipt['top_k']}"]
+    heads = ["coarse only", f"hierarchical, K&nbsp;=&nbsp;{evaluation.receipt['top_k']}"]
 
     def row(name: str, key: str) -> str:
         cells = ""

@@ -14,6 +14,7 @@ from hacan.report.heatmaps import ALPHA, COLORMAP, FAINT, STREAM_NAMES, Explanat
 from hacan.report.pictures import data_uri
 
 Pair = tuple[int, int]  # image, text
+SEEN_QUALITY = 92  # of pictures that are shown enlarged
 
 
 def pairs_to_explain(queries: Sequence[Query]) -> list[Pair]:
@@ -44,7 +45,7 @@ def viewer_data(
     shown = []
     for image, text in tqdm(pairs, desc="heatmaps", unit="pair", disable=not progress):
         found = explain(pretrained, paths[image], captions[text])
-        pictures.setdefault(image, data_uri(found.picture))
+        pictures.setdefault(image, data_uri(found.picture, quality=SEEN_QUALITY))
         shown.append({"image": image, "correct": bool(image_of_text[text] == image), **_plain(found)})
     colours = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(int).tolist()
     return {"pairs": shown, "pictures": pictures, "colours": colours, "alpha": ALPHA, "faint": FAINT}
