@@ -4,38 +4,29 @@ config -> settings -> data, model, trainer -> fit or test. Settings are judged b
 wrong key costs a second.
 """
 
-import contextlib
+import logging
 import os
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # sacred 0.8.7 imports pkg_resources; requirements.txt pins the setuptools that has it.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.11
 
 from sacred.observers import FileStorageObserver  # noqa: E402
 from sacred.run import Run  # noqa: E402
 
 from config import ex  # noqa: E402
-from hacan.errors import UserError  # noqa: E402
+from hacan.process import is_first_process, one_line_errors  # noqa: E402
 from hacan.settings import Settings  # noqa: E402
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A mistake that a person can mend ends the program with its one line and status 2, without a traceback."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+class RunRecord(FileStorageObserver):
+    """Sacred's record of a run; metrics.json in it is the evaluation's, with its receipt."""
 
-
-def is_first_process() -> bool:
-    """Whether this process records the run: the first one of torchrun, SLURM or Lightning's own launcher."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    def log_metrics(self, metrics_by_name: dict[str, Any], info: dict[str, Any]) -> None:
+        """Leave metrics.json alone, which Sacred would rewrite every ten seconds; scalars go to the CSV log."""
 
 
 @ex.config_hook
@@ -44,8 +35,11 @@ def judge_and_record(config: dict[str, Any], command_name: str, logger: Any) -> 
     if command_name == "main":
         with one_line_errors():
             run = Settings.from_flat(config).run
+        if not is_first_process():
+            logging.disable(logging.INFO)  # the first one says it
+            logging.getLogger(ex.path).setLevel(logging.ERROR)  # nor do they mind that they have no observer
         if is_first_process() and not ex.observers:
-            ex.observers.append(FileStorageObserver(Path(run.log_dir) / run.exp_name))
+            ex.observers.append(RunRecord(Path(run.log_dir) / run.exp_name))
     return {}
 
 
@@ -81,7 +75,7 @@ def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
 
         from datamodules.tokens import load_tokenizer  # torch and its kin are imported only now
         from hacan import pipeline
-        from hacan.checkpoints import load_checkpoint
+        from hacan.checkpoints import open_checkpoint
 
         models, tokenizer, settings = pipeline.open_models(settings, load_tokenizer)
         data = build_data(settings, tokenizer)
@@ -90,6 +84,7 @@ def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
             best = pipeline.train(settings, models[0], tokenizer, data, run_folder=folder, home=home)
             if best is None:  # interrupted: the checkpoint is there, and the run goes on another time
                 return {}
-            models, names = [load_checkpoint(best)], [str(best)]
+            opened = open_checkpoint(best, score_memory=settings.eval.score_memory)
+            models, names = [opened.model], [str(best)]
         evaluation = pipeline.test(settings, models, names, data, run_folder=folder, home=home, tokenizer=tokenizer)
         return evaluation.hierarchical._asdict()

@@ -1,4 +1,4 @@
-"""What happens around training steps: checkpoints that survive, and a clean end on SIGTERM."""
+"""What happens around training steps: checkpoints that survive, a clean end on SIGTERM, logs of short epochs."""
 
 import os
 import shutil
@@ -15,8 +15,14 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from hacan.checkpoints import atomic_save
 from hacan.errors import UserError
+from hacan.lock import FolderLock
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+
+def epoch_is_complete(trainer: pl.Trainer) -> bool:
+    """Whether the last batch of the running epoch has been trained; not so where a signal has cut it short."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,8 +46,14 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
         self.every_minutes = every_minutes
         self.best_rsum = float("-inf")
         self.interrupted = False
+        self._lock: FolderLock | None = None
         self._saved_at = time.monotonic()
         self._handler_before: Any = None
+
+    @property
+    def state_key(self) -> str:
+        """The name under which Lightning keeps the state, whatever the class is called."""
+        return "KeepCheckpoints"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know: the Rsum to beat."""
@@ -52,16 +64,35 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
         self.best_rsum = state_dict["best_rsum"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written, before anything is trained."""
+        """Refuse a folder that cannot be written or that another run writes to, before anything is trained.
+
+        The first process decides, also where the folder is: only it knows the record of this run.
+        """
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        problem = ""
+        if trainer.is_global_zero:
+            try:
+                self._take_folder()
+            except UserError as error:
+                problem = str(error)
+        problem = trainer.strategy.broadcast(problem)
+        if problem:  # said once, by the first process
+            raise UserError(problem) if trainer.is_global_zero else SystemExit(2)
+
+    def _take_folder(self) -> None:
+        lock = FolderLock(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            lock.acquire()
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoints to {self.folder}: {error.strerror}; give another folder, save_path=PATH"
             ) from error
+        self._lock = lock
+
+    def _give_folder_back(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for SIGTERM."""
@@ -74,28 +105,36 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save within an epoch on SIGTERM or after `every_minutes`, only where an optimiser step is complete."""
-        if trainer.fit_loop._should_accumulate():
+        """Save within an epoch on SIGTERM or after `every_minutes`, only where an optimiser step is complete.
+
+        After its last batch the epoch's end saves: a run that went on from there would miss that epoch's validation.
+        """
+        if trainer.fit_loop._should_accumulate() or epoch_is_complete(trainer):
             return
-        # Every process must come to the same decision, or some would wait for the others for ever.
-        interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
         due = self.every_minutes > 0 and time.monotonic() - self._saved_at > 60 * self.every_minutes
-        if interrupted or trainer.strategy.reduce_boolean_decision(due, all=False):
-            self._save_last(trainer)
-        if interrupted:
-            rank_zero_info(f"SIGTERM: saved {self.folder / LAST}; go on with resume_from=last")
-            trainer.should_stop = True
+        # Every process must come to the same decision, or some would wait for the others for ever.
+        if not trainer.strategy.reduce_boolean_decision(due or self.interrupted, all=False):
+            return
+        self._save_last(trainer)
+        self._stop_if_interrupted(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write last.ckpt, and best.ckpt when the validation Rsum is the best so far."""
-        if self.interrupted and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            return  # stopped within the epoch: last.ckpt was written there, and holds the place to go on from
+        if not epoch_is_complete(trainer):
+            return  # cut short: last.ckpt was written there, and holds the place to go on from
         rsum = float(trainer.callback_metrics.get("val_rsum", float("-inf")))
         better = rsum > self.best_rsum
         self.best_rsum = max(rsum, self.best_rsum)
         self._save_last(trainer)
         if better and trainer.is_global_zero:
             _replace_by_copy(self.folder / LAST, self.folder / BEST)
+        self._stop_if_interrupted(trainer)
+
+    def _stop_if_interrupted(self, trainer: pl.Trainer) -> None:
+        self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        if self.interrupted:
+            rank_zero_info(f"SIGTERM: saved {self.folder / LAST}; go on with resume_from=last")
+            trainer.should_stop = True
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         last = self.folder / LAST
@@ -108,13 +147,34 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
         """Stop listening."""
         signal.signal(signal.SIGTERM, self._handler_before)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let other runs have the folder."""
+        self._give_folder_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let other runs have the folder, after an error too."""
+        self._give_folder_back()
+
+
+class LogShortEpochs(pl.Callback):
+    """Logs at least once an epoch, also where an epoch has fewer optimiser steps than the logging interval."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lower the interval to the steps of an epoch."""
+        steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)
+
 
 def _replace_by_copy(source: Path, target: Path) -> None:
     """`target` becomes `source`'s content in one step; a second name of the same file where the disk knows them."""
     partial = target.with_name(f".{target.name}.partial")
     partial.unlink(missing_ok=True)
     try:
-        os.link(source, partial)  # the next save replaces the name `source`, not the content
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+        try:
+            os.link(source, partial)  # the next save replaces the name `source`, not the content
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {target}: {error.strerror}; {source} is kept") from error

@@ -4,9 +4,11 @@ The data module and the tokenizer loader come as arguments: this package does no
 """
 
 import dataclasses
+import json
 import logging
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from transformers import PreTrainedTokenizerBase
 
 from hacan.alignment import HybridAlignment, RevisedAlignment
-from hacan.build import build_model, model_settings
-from hacan.callbacks import BEST, LAST
+from hacan.build import build_model
+from hacan.callbacks import BEST, LAST, KeepCheckpoints
 from hacan.checkpoints import (
+    DESCRIPTION,
     Checkpoint,
     describe_model,
     open_checkpoint,
@@ -34,10 +38,16 @@ from hacan.retrieval.evaluate import Evaluation, Processes, Protocol, Split, eva
 from hacan.retrieval.features import hash_of_files
 from hacan.retrieval.members import Member, member_of
 from hacan.retrieval.table import format_table
-from hacan.settings import Settings
-from hacan.trainer import build_trainer, build_training, precision_here
+from hacan.settings import ModelSettings, Settings
+from hacan.trainer import build_trainer, build_training, launch_processes, precision_here
 
 log = logging.getLogger(__name__)
+
+# Settings that an interrupted run may change on its way, and those that say where in an epoch a batch lies.
+MAY_CHANGE = ("exp_name", "log_dir", "save_path", "checkpoint", "trust_checkpoint", "resume_from", "test_only")
+MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
+MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "bootstrap", "curve")
+BATCHES = ("datasets", "use_restval", "batch_size", "per_gpu_batchsize", "num_gpus", "num_nodes", "image_size")
 
 FOLLOWED = ("image_size", "max_text_len")  # data settings that belong to the model, and travel in its checkpoint
 CHEAP_PAIRS = 200_000  # up to which a report draws the curve over K unasked: seconds, on the demo
@@ -73,20 +83,15 @@ def open_models(
         )
         for path in settings.run.checkpoint
     ]
-    described = [checkpoint.description for checkpoint in opened if checkpoint.description is not None]
-    if not described:
-        return [checkpoint.model for checkpoint in opened], load_tokenizer(settings.data.tokenizer), settings
+    models = [checkpoint.model for checkpoint in opened]
+    first = next((checkpoint for checkpoint in opened if checkpoint.description is not None), opened[0])
+    settings = dataclasses.replace(settings, model=first.settings)
+    if first.description is None:
+        return models, load_tokenizer(settings.data.tokenizer), settings
     _check_ensemble(settings.run.checkpoint, opened)
-    kept = described[0]["settings"]
-    return (
-        [checkpoint.model for checkpoint in opened],
-        tokenizer_from_description(described[0]),
-        dataclasses.replace(
-            settings,
-            model=model_settings(kept),
-            data=dataclasses.replace(settings.data, **{key: kept[key] for key in FOLLOWED}),
-        ),
-    )
+    kept = {key: first.description["settings"][key] for key in FOLLOWED}
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **kept))
+    return models, tokenizer_from_description(first.description), settings
 
 
 def _check_ensemble(paths: tuple[str, ...], opened: list[Checkpoint]) -> None:
@@ -111,23 +116,52 @@ def train(
     run_folder: Path,
     home: Path,
 ) -> Path | None:
-    """Train, and return the best checkpoint; None when a signal ended the run before its last epoch."""
+    """Train, and return the best checkpoint; None when a signal ended the run: it goes on another time."""
     resume = resumed_checkpoint(settings, home)
+    own = settings.run.save_path or (resume.parent if resume is not None else run_folder / "checkpoints")
     if resume is not None:
-        read_checkpoint(resume, trust=settings.run.trust_checkpoint)  # a broken one is named before anything starts
+        content = read_checkpoint(resume, trust=settings.run.trust_checkpoint)  # a broken one is named here
+        check_resumed(settings, content.get(DESCRIPTION, {}).get("settings", {}), source=resume)
         log.warning("going on from %s", resume)
-    folder = resume.parent if resume is not None else Path(settings.run.save_path or run_folder / "checkpoints")
     training = build_training(
         settings,
         model,
-        validate=partial(validate, settings=settings, data=data, home=home),
+        validate=partial(validate, settings=settings, data=data, run_folder=run_folder),
         describe=partial(describe_model, model, settings, tokenizer),
     )
-    trainer = build_trainer(settings, run_folder=run_folder, checkpoint_folder=folder)
-    trainer.fit(training, datamodule=data, ckpt_path=resume)
-    if trainer.current_epoch < settings.train.max_epoch:
+    trainer = build_trainer(settings, run_folder=run_folder, checkpoint_folder=Path(own))
+    model.train()  # one that was read from a checkpoint came to be evaluated
+    try:
+        trainer.fit(training, datamodule=data, ckpt_path=resume, weights_only=not settings.run.trust_checkpoint)
+    except BaseException:
+        # Processes that this one has started would wait for it in a collective operation, on a GPU for ever.
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
+    keep = trainer.checkpoint_callback
+    assert isinstance(keep, KeepCheckpoints)
+    if keep.interrupted:
         return None
-    return folder / (BEST if (folder / BEST).is_file() else LAST)
+    best = keep.folder / BEST
+    if not best.is_file() and resume is not None:  # save_path is new, and no epoch since was better
+        best = resume.parent / BEST
+    return Path(_of_first_process(str(best if best.is_file() else keep.folder / LAST)))
+
+
+def check_resumed(settings: Settings, kept: Mapping[str, Any], *, source: Path) -> None:
+    """Refuse to go on with another model or other batches; warn of what else is not as in the interrupted run."""
+    now = json.loads(json.dumps(settings.to_flat()))
+    changed = {key: value for key, value in kept.items() if now.get(key) != value and key not in MAY_CHANGE}
+    model = {field.name for field in dataclasses.fields(ModelSettings)} - {"image_weights", "text_weights"}
+    for key in changed:
+        if key in model or key in BATCHES:
+            raise UserError(
+                f"{key}={now.get(key)!r}, but {source} is of a run with {key}={changed[key]!r}: resume_from goes on "
+                "with the same run; to start a new one from these weights give checkpoint=PATH"
+            )
+    if changed:
+        differences = ", ".join(f"{key} was {value!r}, is {now.get(key)!r}" for key, value in changed.items())
+        log.warning("resumed with other settings than before: %s", differences)
 
 
 def resumed_checkpoint(settings: Settings, home: Path) -> Path | None:
@@ -147,16 +181,22 @@ def resumed_checkpoint(settings: Settings, home: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def validate(model: HACAN, *, settings: Settings, data: Any, home: Path) -> dict[str, float]:
+def validate(model: HACAN, *, settings: Settings, data: Any, run_folder: Path) -> dict[str, float]:
     """Recalls of the validation split by hierarchical inference, in percent."""
     device = next(model.parameters()).device
     members = [_member(model, settings, name="validation", device=device)]
     processes = processes_here()
-    folder = home / "features-validation" if processes.world_size > 1 else None
+    folder = Path(_of_first_process(str(run_folder / "features-validation"))) if processes.world_size > 1 else None
     protocol = Protocol(top_k=settings.eval.inference_topk, coarse=settings.eval.coarse)
     split = split_of(data, settings, "val", hashed=folder is not None)
     done = evaluate(
-        members, split, protocol, feature_memory=settings.eval.feature_memory, folder=folder, processes=processes
+        members,
+        split,
+        protocol,
+        feature_memory=settings.eval.feature_memory,
+        folder=folder,
+        processes=processes,
+        progress=processes.rank == 0,
     )
     processes.barrier()
     if folder is not None and processes.rank == 0:
@@ -178,6 +218,8 @@ def test(
 
     With `report` also report.html, with heatmaps where the `tokenizer` is given, and with the curve where it is cheap.
     """
+    if settings.train.num_gpus * settings.train.num_nodes > 1 and not dist.is_initialized():  # test_only
+        launch_processes(settings.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     members = [_member(model, settings, name=name, device=device) for model, name in zip(models, names, strict=True)]
     processes = processes_here()
@@ -192,6 +234,7 @@ def test(
         seed=settings.run.seed,
         curve=settings.eval.curve or (settings.run.report and len(split.ids) * len(split.captions) <= CHEAP_PAIRS),
         processes=processes,
+        progress=processes.rank == 0,
     )
     if processes.rank == 0:
         evaluation.save(run_folder)
@@ -258,6 +301,15 @@ def processes_here() -> Processes:
         return shards
 
     return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier, gather)
+
+
+def _of_first_process(text: str) -> str:
+    """What the first process says; only it knows the folder of the run's record."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return text
+    said = [text]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def _member(model: HACAN, settings: Settings, *, name: str, device: torch.device) -> Member:

@@ -1,17 +1,21 @@
 """Settings -> the Lightning objects of a training: the module with its losses, and the Trainer with its devices."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy as FabricDDPStrategy
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
-from hacan.callbacks import AtomicCheckpointIO, KeepCheckpoints
+from hacan.callbacks import AtomicCheckpointIO, KeepCheckpoints, LogShortEpochs
+from hacan.errors import UserError
 from hacan.model import HACAN
 from hacan.settings import Settings, TrainSettings
 from hacan.training import Training
@@ -53,10 +57,11 @@ def build_training(
 def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Path) -> pl.Trainer:
     """The Trainer of these settings: logs to `run_folder` (TensorBoard and CSV), checkpoints to `checkpoint_folder`."""
     data, train = settings.data, settings.train
-    on_gpu = torch.cuda.is_available()
+    on_gpu = _devices_suffice(train)
     processes = train.num_gpus * train.num_nodes
-    if on_gpu and train.num_gpus > torch.cuda.device_count():
-        log.warning("num_gpus=%d, but this machine has %d", train.num_gpus, torch.cuda.device_count())
+    logging.getLogger("pytorch_lightning.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
+    # LogShortEpochs lowers the interval after this warning.
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # A backbone that is frozen in some epochs has parameters without gradients, which plain DDP would wait for.
     strategy = DDPStrategy(find_unused_parameters=True, process_group_backend=None if on_gpu else "gloo")
     return pl.Trainer(
@@ -75,11 +80,30 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
         ],
         log_every_n_steps=1 if settings.run.fast_dev_run else 10,
         limit_train_batches=2 if settings.run.fast_dev_run else None,
-        callbacks=[KeepCheckpoints(checkpoint_folder), TQDMProgressBar(refresh_rate=10)],
+        callbacks=[KeepCheckpoints(checkpoint_folder), LogShortEpochs(), TQDMProgressBar(refresh_rate=10)],
         plugins=[AtomicCheckpointIO()],
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+
+
+def launch_processes(train: TrainSettings) -> None:
+    """Start the processes of these settings for an evaluation alone, as a training's Trainer would; or join them."""
+    on_gpu = _devices_suffice(train)
+    Fabric(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=train.num_gpus,
+        num_nodes=train.num_nodes,
+        strategy=FabricDDPStrategy(process_group_backend=None if on_gpu else "gloo"),
+    ).launch()
+
+
+def _devices_suffice(train: TrainSettings) -> bool:
+    """Whether to use GPUs; a UserError where there are some, but fewer than asked for."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < found < train.num_gpus:
+        raise UserError(f"num_gpus={train.num_gpus}, but this machine has {found}; give num_gpus={found} or less")
+    return found > 0
 
 
 def precision_here(train: TrainSettings, *, on_gpu: bool) -> str:

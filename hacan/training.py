@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from hacan.callbacks import epoch_is_complete
 from hacan.errors import UserError
 from hacan.gathering import Gatherer
 from hacan.losses import (
@@ -198,8 +199,8 @@ class Training(pl.LightningModule):
     # -- after each epoch ---------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self) -> None:
-        """Figures of the validation split, by the same evaluator as the final ones."""
-        if self.validate is None:
+        """Figures of the validation split, by the same evaluator as the final ones; none of an epoch cut short."""
+        if self.validate is None or not epoch_is_complete(self.trainer):
             return
         self.model.eval()
         figures = self.validate(self.model)

@@ -9,6 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; a module may import what stands before it, and its own room.
 ROOMS = [
     "hacan.errors",
+    "hacan.process",
+    "hacan.lock",
     "hacan.types",
     "hacan.settings",
     "hacan.pixels",
