@@ -223,6 +223,10 @@ class Browser:
             "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                      f"--window-size={width},900", f"--user-data-dir={folder}"],
         }  # fmt: skip
+        if width < 500:  # narrower than a desktop window may be: as a telephone
+            options["mobileEmulation"] = {
+                "deviceMetrics": {"width": width, "height": 900, "pixelRatio": 1, "touch": True}
+            }
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         self._driver = driver
         self._session = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
@@ -296,6 +300,7 @@ TAB = "\ue004"
 def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path, width):
     browser = open_browser(width)
     browser("POST", "/url", {"url": address})
+    assert width - 20 <= browser.run("return document.documentElement.clientWidth") <= width
     browser.wait("document.getElementById('about').textContent.includes('5 pictures, 3 texts')")
     browser.type("#text", "a red cat runs")
     browser.click("#ask button")
