@@ -1,6 +1,8 @@
 """The index over one's own pictures: the shortlist and the order of brute force, updates, interruptions, mistakes."""
 
 import os
+import pathlib
+import runpy
 import shutil
 
 import cv2
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hacan.checkpoints import atomic_save, describe_model
 from hacan.errors import UserError
 from hacan.pretrained import Pretrained
 from hacan.search import Index
@@ -15,6 +18,7 @@ from hacan.search.folder import pictures_below, texts_of_csv
 from hacan.search.rows import RowFile
 from hacan.search.store import VectorStore
 
+ROOT = pathlib.Path(__file__).parent.parent
 TEXTS = ["a dog runs", "a small red cat sits on the grass", "the blue dog", "cat", "a big cat by a dog"]
 
 
@@ -25,6 +29,15 @@ def pretrained(make_model, tokenizer):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return Pretrained(model=model, tokenizer=tokenizer, image_size=64, centre_crop=True, max_text_len=12)
+
+
+@pytest.fixture
+def trained_checkpoint(pretrained, make_settings, tokenizer, tmp_path):
+    """The same model as a training leaves it."""
+    description = describe_model(pretrained.model, make_settings(datasets="f8k"), tokenizer)
+    path = tmp_path / "best.ckpt"
+    atomic_save({"state_dict": pretrained.model.state_dict(), "hacan": description}, path)
+    return path
 
 
 def draw(path, seed):
@@ -279,3 +292,36 @@ def test_texts_come_from_a_csv_file(tmp_path):
         texts_of_csv(path)
     with pytest.raises(UserError, match="cannot be read"):
         texts_of_csv(tmp_path / "nothing.csv")
+
+
+# ------------------------------------------------------------------------------------------------------------ scripts
+
+
+def test_the_scripts_index_and_search(trained_checkpoint, folder, tmp_path, capsys):
+    place = str(tmp_path / "made")
+    index_main = runpy.run_path(str(ROOT / "scripts" / "index.py"))["main"]
+    search_main = runpy.run_path(str(ROOT / "scripts" / "search.py"))["main"]
+    assert index_main([str(folder), "--index", place]) == 2
+    assert "give --model OUT_DIR_OR_CKPT" in capsys.readouterr().err
+    (tmp_path / "texts.csv").write_text("caption\n" + "\n".join(TEXTS) + "\n")
+    common = [str(folder), "--index", place, "--captions", str(tmp_path / "texts.csv")]
+    assert index_main([*common, "--model", str(trained_checkpoint)]) == 0
+    printed = capsys.readouterr()
+    assert "11 pictures (11 added, 0 kept, 0 of them moved, 0 removed, 2 files skipped)" in printed.out
+    assert "5 texts (5 added, 0 removed)" in printed.out and f"skipped {folder / 'bad.jpg'}" in printed.err
+    assert index_main(common) == 0
+    assert "(0 added, 11 kept" in capsys.readouterr().out
+
+    sheet = tmp_path / "out" / "found.html"
+    assert search_main([place, "a <b> red cat", "--top", "3", "--html", str(sheet), "--explain"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[:4]] == ["rank", "1", "2", "3"]
+    page = sheet.read_text()
+    assert page.count("<li") == 3 and "&lt;b&gt;" in page and "<b> red" not in page
+    assert "http" not in page and str(folder) not in page
+    assert page.count("LRG mid") == 3 and page.count("data:image/jpeg;base64,") > 3 * (1 + 3 * 2)
+    assert search_main([place, "--image", str(folder / "1.png"), "--html", str(sheet)]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in TEXTS) and sheet.read_text().count("<li") == 5
+    assert search_main([place]) == 2 and search_main([str(tmp_path / "nowhere"), "a cat"]) == 2
+    assert "one of the two" in (errors := capsys.readouterr().err) and "is no index" in errors
