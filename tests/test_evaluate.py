@@ -14,10 +14,11 @@ from hacan.alignment import HybridAlignment, RevisedAlignment
 from hacan.errors import UserError
 from hacan.retrieval import evaluate as evaluating
 from hacan.retrieval import hierarchical
-from hacan.retrieval.evaluate import Processes, Protocol, Split, evaluate, folds_of
+from hacan.retrieval.evaluate import Processes, Protocol, Split, evaluate
 from hacan.retrieval.members import member_of
 from hacan.retrieval.metrics import mean_of_metrics, retrieval_metrics
 from hacan.retrieval.receipt import StageMeter, strict
+from hacan.retrieval.result import folds_of
 from hacan.retrieval.table import format_table
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
@@ -73,6 +74,7 @@ def make_split(image_of_text, *, images, seed=0, batch_size=4):
         image_batches=image_batches,
         text_batches=text_batches,
         batch_size=batch_size,
+        images_hash="pictures",
     )
     return split, pixels, tokens, lengths
 
@@ -332,8 +334,10 @@ def test_a_model_that_gives_nan_is_an_error_and_never_a_rank():
         run([broken], split)
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_are_named(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
+    with pytest.raises(ValueError, match="images_hash of the split is empty"):
+        run([make_member()], split._replace(images_hash=""), folder=tmp_path)
     with pytest.raises(ValueError, match="members is empty"):
         run([], split)
     with pytest.raises(ValueError, match="coarse is 'cosine'"):

@@ -1,6 +1,6 @@
 """What the evaluator asks of a model, as callables: it never reaches into one. Several members are an ensemble."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -110,3 +110,33 @@ class MemberScores:
 
     def _some_images(self, rows: slice) -> EncodedImages:
         return EncodedImages(*(values[rows].to(self._member.device, non_blocking=True) for values in self._images))
+
+
+class EnsembleScores:
+    """The mean of the members' scores, fine and coarse (METHOD section 5)."""
+
+    def __init__(self, members: Sequence[MemberScores]) -> None:
+        self._members = members
+
+    def coarse(self, kind: str) -> Callable[[slice], Tensor]:
+        """From rows to coarse scores [n, M] of kind `global` or `release`."""
+        if kind not in ("global", "release"):
+            raise ValueError(f"coarse is {kind!r}; choose global or release")
+        parts = [m.global_similarity if kind == "global" else m.release_coarse for m in self._members]
+        return lambda rows: _mean([part(rows) for part in parts])
+
+    def pairs(self, kind: str) -> Callable[[Tensor], Tensor]:
+        """From pairs [P, 2] to fine scores [P]; of kind `release` without KSF, which its coarse score has counted."""
+        if kind == "release":
+            return lambda pairs: _mean([m.pairs(pairs, LRG_STREAMS) for m in self._members])
+        return lambda pairs: _mean([m.pairs(pairs) for m in self._members])
+
+    def all_fine_of(self, kind: str) -> Callable[[slice], Tensor]:
+        """From rows to complete fine scores [n, M]; of kind `release` with its coarse score in place of KSF."""
+        if kind == "release":
+            return lambda rows: _mean([m.release_coarse(rows) + m.all_fine(rows, LRG_STREAMS) for m in self._members])
+        return lambda rows: _mean([member.all_fine(rows) for member in self._members])
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
