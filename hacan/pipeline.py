@@ -63,6 +63,7 @@ def open_models(
     the config says, because other values would evaluate another model. An ensemble's members must agree on the last
     three, since they are shown the same pixels and tokens.
     """
+    torch.manual_seed(settings.run.seed)  # of new weights: Sacred seeds torch only where it was imported before
     if not settings.run.checkpoint:
         tokenizer = load_tokenizer(settings.data.tokenizer)
         model = build_model(

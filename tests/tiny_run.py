@@ -44,7 +44,6 @@ def run_py(*words, named="demo_config", script="run.py", timeout=300, **updates)
 
 def train_here(settings, folder):
     """`pipeline.train` as `run.py` calls it, in this process; returns the best checkpoint, or None if interrupted."""
-    torch.manual_seed(settings.run.seed)
     models, tokenizer, settings = pipeline.open_models(settings, load_tokenizer)
     data = build_data(settings, tokenizer)
     return pipeline.train(settings, models[0], tokenizer, data, run_folder=folder / "record", home=folder)
