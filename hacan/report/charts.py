@@ -108,7 +108,7 @@ def nice_ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     power = 10 ** math.floor(math.log10(rough))
     step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, last + 1)]
+    return [round(float(k * step), 12) for k in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
