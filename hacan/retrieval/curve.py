@@ -95,7 +95,8 @@ def trade_off(
     with meter.stage("curve rank"):
         values, coarse_rsum = recalls_by_k(*(s(slice(0, images)) for s in spooled), image_of_text, progress=progress)
     seconds, peaks = {}, {}
-    for k in _some_lengths(max(images, texts)):
+    lengths = _some_lengths(max(images, texts))
+    for k in tqdm(lengths, desc="seconds and memory of some K", unit="K", delay=2, disable=not progress):
         retriever = HierarchicalRetriever(
             spooled[0], score_pairs, image_of_text, images=images, top_k=k, add_coarse=add_coarse, progress=False
         )

@@ -161,7 +161,7 @@ def rank_gallery(
     )
     with meter.stage("coarse"):
         lists = retriever.shortlists()
-        coarse = coarse_ranks(spooled, image_of_text, images=images)
+        coarse = coarse_ranks(spooled, image_of_text, images=images, progress=progress)
     with meter.stage("fine"):
         pairs = listed_pairs(lists)
         shard = retriever.fine_shard(pairs, rank=processes.rank, world_size=processes.world_size)

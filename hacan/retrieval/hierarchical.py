@@ -86,7 +86,9 @@ def shortlists(
     return Shortlists(*map(torch.cat, zip(*of_images, strict=True)), *map(torch.cat, zip(*of_texts, strict=True)))
 
 
-def coarse_ranks(coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, images: int) -> tuple[Tensor, Tensor]:
+def coarse_ranks(
+    coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, images: int, progress: bool = True
+) -> tuple[Tensor, Tensor]:
     """Ranks by the coarse score alone over the whole gallery: image to text [N], text to image [M], float64 from 0.
 
     Asks for every block of images twice (a text can be ranked only once its own image's score is known); give it
@@ -94,6 +96,7 @@ def coarse_ranks(coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, im
     """
     texts = torch.arange(len(image_of_text))
     ranks_i2t, own = [], None
+    bar = tqdm(total=2 * images, desc="coarse ranks", unit="image", delay=2, disable=not progress)
     for rows in _blocks(images, COARSE_IMAGES):
         scores = _wide(coarse(rows))
         block = torch.arange(rows.start, rows.stop)
@@ -101,10 +104,13 @@ def coarse_ranks(coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, im
         own = scores.new_empty(len(texts)) if own is None else own
         mine = texts[(image_of_text >= rows.start) & (image_of_text < rows.stop)]
         own[mine] = scores[image_of_text[mine] - rows.start, mine]
+        bar.update(len(block))
     ranks_t2i = torch.zeros(len(texts), dtype=torch.float64)
     for rows in _blocks(images, COARSE_IMAGES):
         wrong = torch.arange(rows.start, rows.stop)[:, None] != image_of_text
         ranks_t2i += ((_wide(coarse(rows)) >= own) & wrong).sum(0)
+        bar.update(len(wrong))
+    bar.close()
     return torch.cat(ranks_i2t), ranks_t2i
 
 
