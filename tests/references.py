@@ -21,14 +21,17 @@ def hybrid_weights(queries, sources, temperature):
 
 
 def hybrid_focal(weights, focal_type):
-    """METHOD section 2: one query's weights [n_s] after the Key Semantic Filter; where nothing is kept, all is."""
+    """METHOD section 2: one query's weights [n_s] after the Key Semantic Filter; where nothing is kept, all is.
+
+    What is at the bar within 8 rounding errors is kept, so that rounding does not decide between equal weights.
+    """
     count = len(weights)
+    known = weights.detach() * (1 + 8 * torch.finfo(weights.dtype).eps)
     if focal_type == "equal":
-        keep = [bool(w > 1 / count) for w in weights]
+        keep = [bool(w > 1 / count) for w in known]
     else:
-        keep = [bool(sum((w - other) * other.sqrt() for other in weights) > 0) for w in weights.detach()]
-    uniform = bool((weights.detach() - weights.detach().mean()).abs().max() <= 1e-12)  # rounding decides nothing
-    if uniform or not any(keep):
+        keep = [bool(sum((w - other) * other.sqrt() for other in weights.detach()) > 0) for w in known]
+    if not any(keep):
         keep = [True] * count
     kept = torch.stack([w if k else torch.zeros_like(w) for w, k in zip(weights, keep, strict=True)])
     return kept / kept.sum()
@@ -72,7 +75,7 @@ def revised_lrg(regions, tokens, gates=True):
     gated_words = [torch.sigmoid(t @ mean) * t if gates else t for t in tokens]
     gated_regions = []
     for v in regions:
-        best = max(range(len(tokens)), key=lambda k: float(cosine(v, gated_words[k])))
+        best = max(range(len(tokens)), key=lambda k: cosine(v, gated_words[k]).item())
         gated_regions.append(torch.sigmoid(v @ gated_words[best]) * v if gates else v)
     scores = []
     for t in gated_words:
@@ -96,7 +99,7 @@ def revised_ksf(queries, sources):
     for i, q in enumerate(queries):
         z = []
         for j in range(len(sources)):
-            sign = 0.0 if abs(float(delta[i, j])) <= 1e-8 else float(delta[i, j].sign())
+            sign = 0.0 if abs(delta[i, j].item()) <= 1e-8 else delta[i, j].sign().item()
             z.append(cosine(q, rest[j]) * sign)
         best.append(torch.stack(z).max())
     return torch.stack(best).mean()

@@ -2,12 +2,13 @@
 
 from torch import nn
 
+from hacan.alignment.base import AttentionMap
 from hacan.alignment.hybrid import HybridAlignment
 from hacan.alignment.packing import pack_texts
 from hacan.alignment.revised import RevisedAlignment
 from hacan.alignment.sides import STREAMS
 
-__all__ = ["STREAMS", "HybridAlignment", "RevisedAlignment", "build_alignment", "pack_texts"]
+__all__ = ["STREAMS", "AttentionMap", "HybridAlignment", "RevisedAlignment", "build_alignment", "pack_texts"]
 
 ALIGNMENTS = ("hybrid", "revised")
 

@@ -26,6 +26,15 @@ SAVED_PER_ELEMENT = 6  # tensors of the size of the dot products that autograd k
 PASSES_PER_BLOCK = 10  # tensors of the size of the dot products alive at once, without autograd
 
 
+class AttentionMap(NamedTuple):
+    """What one stream looks at when one image meets one text."""
+
+    weights: Tensor  # [W, R]; rows of tokens that take no part are 0
+    words: Tensor  # [W] bool, on the CPU: which tokens take part
+    image_level: str  # "high" or "mid": which regions these are
+    text_level: str  # "high" or "mid": which layer's tokens
+
+
 class _Plan(NamedTuple):
     """How large blocks may be."""
 
@@ -71,6 +80,10 @@ class FineAlignment(nn.Module):
 
     def score_stream(self, stream: str, block: Block) -> Tensor:
         """Scores of one stream: [m, N] of a rectangle, [m, 1] of a listing."""
+        raise NotImplementedError
+
+    def attention_stream(self, stream: str, block: Block) -> Tensor:
+        """What one stream of one pair looks at, [T, R]."""
         raise NotImplementedError
 
     def forward(
@@ -125,6 +138,40 @@ class FineAlignment(nn.Module):
                 scores[block.targets.flatten().to(scores.device)] = part.T.flatten()
             return scores
 
+    @torch.no_grad()
+    def attention(
+        self, image: EncodedImages, text: EncodedTexts | PackedTexts, *, streams: tuple[str, ...] = STREAMS
+    ) -> dict[str, AttentionMap]:
+        """What each stream looks at when one image (N = 1) meets one text (M = 1), for heatmaps.
+
+        Rows are the text's real tokens. Hybrid: the attention weights, of KSF the focal ones, which sum to 1 over words
+        for each region (i2t) or over regions for each word (t2i). Revised: cosines, of KSF the z of METHOD section 3.
+        With direction "both" the map is that of t2i: where each word looks.
+        """
+        text = text if isinstance(text, PackedTexts) else pack_texts(text)
+        if len(image.high) != 1 or len(text.offsets) != 2:
+            raise ValueError(
+                f"{len(image.high)} images and {len(text.offsets) - 1} texts: expected one of each (slice i : i + 1)"
+            )
+        with torch.autocast(image.high.device.type, enabled=False):
+            order = CaptionOrder(text, torch.zeros(1, dtype=torch.int64), drop_ends=self.drop_ends)
+            if not len(order):
+                raise ValueError("the text has no real token, so there is nothing to look at")
+            _, bank = self._prepare(image, text, order, streams)
+            place = torch.zeros(1, dtype=torch.int64)
+            regions = self._regions(image, place, bank.dtype, streams)
+            tokens, segments = bank.tokens(place)
+            words = torch.zeros(int(text.offsets[1]), dtype=torch.bool)
+            words[order.bank_rows(place)] = True
+            maps = {}
+            for stream in streams:
+                of_image, of_text = LEVELS[stream]
+                block = Block(regions[of_image], tokens[of_text], segments, Rectangle())
+                weights = regions[of_image].features.new_zeros(len(words), regions[of_image].features.shape[1])
+                weights[words.to(weights.device)] = self.attention_stream(stream, block)
+                maps[stream] = AttentionMap(weights, words, of_image, of_text)
+            return maps
+
     def _block(
         self,
         regions: dict[str, Regions],
@@ -163,7 +210,7 @@ class FineAlignment(nn.Module):
         itemsize, width = dtype.itemsize, images.high.shape[-1]
         places = [images.high.shape[1], images.mid.shape[1]]
         image_bytes = itemsize * (2 * width * sum(places) + sum(r * r for r in places))
-        budget = self.score_memory * 2**20
+        budget = int(self.score_memory * 2**20)
         on_cpu = device.type == "cpu"
         most = CPU_IMAGES if on_cpu else ACCELERATOR_IMAGES
         plan = _Plan(

@@ -29,6 +29,8 @@ class HybridAlignment(FineAlignment):
         super().__init__(direction=direction, score_memory=score_memory)
         if focal_type not in FOCAL_TYPES:
             raise ValueError(f"focal_type={focal_type!r}: expected one of {', '.join(FOCAL_TYPES)}")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature!r}: expected an inverse temperature above 0")
         self.temperature = temperature
         self.focal_type = focal_type
 
@@ -51,6 +53,13 @@ class HybridAlignment(FineAlignment):
             return key_semantic_filter(block, focal_type=self.focal_type, **arguments)
         return local_relationship_guidance(block, **arguments)
 
+    def attention_stream(self, stream: str, block: Block) -> Tensor:
+        """Attention weights [T, R] of one pair, of KSF the focal ones; they sum to 1 over the sources."""
+        queries, sources = _axes(block, self.directions[-1])
+        focal_type = self.focal_type if stream == "ksf" else None
+        weights = _weights(F.leaky_relu(block.product(), 0.1), queries, sources, self.temperature, focal_type)
+        return (weights / sources.spread(sources.sum(weights))).squeeze(1)
+
 
 def local_relationship_guidance(block: Block, *, directions: tuple[str, ...], temperature: float) -> Tensor:
     """LRG: score(Q, S) with soft attention, [m, N], the mean over `directions` (METHOD section 2)."""
@@ -61,8 +70,9 @@ def key_semantic_filter(block: Block, *, directions: tuple[str, ...], temperatur
     """KSF: the same with focal weights, [m, N] (METHOD section 2).
 
     Source s is kept for query q when w_qs > sum_s' w^1.5 / sum_s' w^0.5 ("prob", which is the quadratic test written
-    out) or w_qs > 1 / n_s ("equal"). Both bars are at most the largest weight, and reach it only when all weights are
-    equal: a bar lower by 32 rounding errors keeps everything then, as METHOD asks, and changes nothing else.
+    out) or w_qs > 1 / n_s ("equal"), or within 8 rounding errors of that bar; where that keeps nothing, the largest
+    weights are kept. Uniform weights therefore keep everything, whatever rounding makes of them: with a single query
+    every source has b = 1 or -1.
     """
     return _attention_score(block, directions, temperature, focal_type)
 
@@ -70,22 +80,38 @@ def key_semantic_filter(block: Block, *, directions: tuple[str, ...], temperatur
 def _attention_score(block: Block, directions: tuple[str, ...], temperature: float, focal_type: str | None) -> Tensor:
     dots = block.product()
     raw = F.leaky_relu(dots, 0.1)
-    regions, tokens = RegionAxis(block), TokenAxis(block)
     scores = []
     for direction in directions:
-        queries, sources = (regions, tokens) if direction == "i2t" else (tokens, regions)
-        weights = raw * queries.spread(temperature / (queries.norm(raw) + 1e-8))
-        if temperature > STEEP:
-            weights = weights - sources.spread(sources.max(weights.detach()))
-        weights = weights.exp_()
-        if focal_type is not None:
-            weights = weights * _kept(weights.detach(), sources, focal_type)
+        queries, sources = _axes(block, direction)
+        weights = _weights(raw, queries, sources, temperature, focal_type)
         # cos(q, u) of u = sum_s e_s s, with ||u|| / sum_s e_s at least 1e-8
         floor = (1e-8 * sources.sum(weights)).square()
         squares = torch.maximum(sources.quadratic(weights), floor)
         cosines = sources.sum(weights * dots) * squares.rsqrt() * queries.inverse_norms()
         scores.append(queries.mean(cosines).squeeze(2))
     return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
+
+
+def _axes(block: Block, direction: str) -> tuple[RegionAxis | TokenAxis, RegionAxis | TokenAxis]:
+    """Queries and sources."""
+    regions, tokens = RegionAxis(block), TokenAxis(block)
+    return (regions, tokens) if direction == "i2t" else (tokens, regions)
+
+
+def _weights(
+    raw: Tensor,
+    queries: RegionAxis | TokenAxis,
+    sources: RegionAxis | TokenAxis,
+    temperature: float,
+    focal_type: str | None,
+) -> Tensor:
+    """The attention of a = `raw` [T, N, R], not divided by its sum over sources."""
+    weights = raw / queries.spread(queries.norm(raw) + 1e-8)  # divided, so that a / |a| is 1 exactly
+    weights = weights.mul_(temperature)
+    if temperature > STEEP:
+        weights = weights - sources.spread(sources.max(weights.detach()))
+    weights = weights.exp_()
+    return weights if focal_type is None else weights * _kept(weights.detach(), sources, focal_type)
 
 
 @torch.no_grad()
@@ -96,5 +122,6 @@ def _kept(weights: Tensor, sources: RegionAxis | TokenAxis, focal_type: str) -> 
         bar = sources.sum(weights * roots) / sources.sum(roots)
     else:
         bar = sources.mean(weights)
-    bar = sources.spread(bar * (1 - 32 * torch.finfo(weights.dtype).eps))
-    return torch.gt(weights, bar, out=torch.empty_like(weights))
+    eps = torch.finfo(weights.dtype).eps
+    bar = torch.minimum(bar * (1 - 8 * eps), sources.max(weights) * (1 - eps))
+    return torch.gt(weights, sources.spread(bar), out=torch.empty_like(weights))

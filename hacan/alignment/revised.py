@@ -39,34 +39,52 @@ class RevisedAlignment(FineAlignment):
             return key_semantic_filter(block, directions=self.directions)
         return local_relationship_guidance(block)
 
+    def attention_stream(self, stream: str, block: Block) -> Tensor:
+        """Cosines [T, R] of one pair, of KSF z."""
+        if stream == "ksf":
+            return _filtered_cosines(block, self.directions[-1], _agreement(block)).squeeze(1)
+        return _cosines(block).squeeze(1)
+
 
 def local_relationship_guidance(block: Block) -> Tensor:
     """LRG: the mean over words of sum_v softmax_v(p) p, p = c(v, t), [m, N] (METHOD section 3).
 
     Release: gates on words and regions; here: none, because they cancel. |p| <= 1, so exp needs no shift.
     """
-    p = block.product() * block.tokens.inverse_norms[:, None, None]
+    p = _cosines(block)
     weights = p.exp()
     return block.segments.mean((weights * p).sum(2) / weights.sum(2))
 
 
 def key_semantic_filter(block: Block, *, directions: tuple[str, ...]) -> Tensor:
-    """KSF: the mean over q of max_s z, z = c(q, s - mean(S)) sign(delta), [m, N] (METHOD section 3).
-
-    delta = ((r - mean_s r) + (r - mean_q r)) / 2 with r = c(q, s), the same in both directions; z is zero where
-    |delta| <= 1e-8. The product is taken with the residual sources themselves: no difference of large numbers.
-    """
-    tokens, segments = block.tokens, block.segments
-    with torch.no_grad():
-        r = block.product() * tokens.inverse_norms[:, None, None]
-        delta = r - (segments.spread(segments.mean(r)) + r.mean(2, keepdim=True)) / 2
-        sign = F.hardshrink(delta, 1e-8).sign()
+    """KSF: the mean over q of max_s z, z = c(q, s - mean(S)) sign(delta), [m, N] (METHOD section 3)."""
+    sign = _agreement(block)
     scores = []
-    if "i2t" in directions:
-        rest = tokens.features - segments.spread(segments.mean(tokens.features))
-        z = block.product(tokens=rest) * (sign * tokens.inverse_residual_norms[:, None, None])
-        scores.append(segments.max(z).mean(2))
-    if "t2i" in directions:
-        z = block.product(regions=block.regions.residuals) * sign
-        scores.append(segments.mean(z.amax(2) * tokens.inverse_norms[:, None]))  # a positive scale leaves max in place
+    for direction in directions:
+        z = _filtered_cosines(block, direction, sign)
+        scores.append(block.segments.max(z).mean(2) if direction == "i2t" else block.segments.mean(z.amax(2)))
     return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
+
+
+def _cosines(block: Block) -> Tensor:
+    return block.product() * block.tokens.inverse_norms[:, None, None]
+
+
+@torch.no_grad()
+def _agreement(block: Block) -> Tensor:
+    """The sign of delta = ((r - mean_s r) + (r - mean_q r)) / 2, r = c(q, s); 0 where |delta| <= 1e-8.
+
+    It is the same in both directions, and no gradient flows through it.
+    """
+    r = _cosines(block)
+    delta = r - (block.segments.spread(block.segments.mean(r)) + r.mean(2, keepdim=True)) / 2
+    return F.hardshrink(delta, 1e-8).sign_()
+
+
+def _filtered_cosines(block: Block, direction: str, sign: Tensor) -> Tensor:
+    """Z [T, N, R]. The product is taken with the residual sources themselves: no difference of large numbers."""
+    if direction == "i2t":
+        mean = block.segments.mean(block.tokens.features)
+        rest = block.tokens.features - block.segments.spread(mean)
+        return block.product(tokens=rest) * (sign * block.tokens.inverse_residual_norms[:, None, None])
+    return block.product(regions=block.regions.residuals) * (sign * block.tokens.inverse_norms[:, None, None])

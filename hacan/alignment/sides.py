@@ -85,7 +85,7 @@ class TokenBank:
                 for (length, _), gram in zip(segments.runs, part.grams or (), strict=False):
                     grams.setdefault(length, []).append(gram)
                 parts.append(part._replace(features=None, grams=None))
-            columns = zip(*parts, strict=True)
+            columns = zip(*(parts or [Tokens(None)]), strict=True)
             self._derived[level] = Tokens(*(None if column[0] is None else torch.cat(column) for column in columns))
             self._grams[level] = {length: torch.cat(pieces) for length, pieces in grams.items()}
 
