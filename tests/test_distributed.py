@@ -12,7 +12,7 @@ from hacan.callbacks import BEST, LAST
 
 pytestmark = pytest.mark.slow
 
-STILL = (  # without dropout, which draws differently in each process
+STILL = (  # no dropout in the text encoder: each process would draw its own
     "hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32, max_position_embeddings=64, "
     "hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0"
 )
@@ -27,6 +27,7 @@ def runs(tmp_path_factory):
         "image_encoder_args": "depths=[1, 1, 1, 1], dims=[8, 12, 16, 20]",
         "text_encoder_args": STILL,
         "freeze_backbone_epochs": 1,
+        "global_loss_weight": 0.0,  # the aggregators' dropout is drawn by each process; test_gathering.py has this loss
         "data_root": folder / "data",
     }
     one = run_py(**{**arguments, "log_dir": folder / "one"})
@@ -45,7 +46,6 @@ def losses(folder):
         return [float(row["train/total"]) for row in csv.DictReader(file) if row["train/total"]]
 
 
-@pytest.mark.xfail(reason="after 3 steps 305.5 and 306.7 were seen, before weights were seeded; to be looked into")
 def test_two_processes_train_as_one(runs):
     folder, _, _, _ = runs
     one, two = losses(folder / "one"), losses(folder / "two")
