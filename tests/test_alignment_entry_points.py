@@ -7,6 +7,7 @@ from test_alignment import DIRECTIONS, FORMS, changed, features, form
 from hacan.alignment import HybridAlignment, RevisedAlignment, pack_texts
 from hacan.alignment.blocks import listed_blocks
 from hacan.alignment.packing import CaptionOrder
+from hacan.alignment.scratch import Scratch
 from hacan.alignment.segments import Segments
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
@@ -176,15 +177,21 @@ def test_segments_reduce_each_caption():
     lengths = torch.tensor([3, 1, 2, 3, 1])
     values = torch.randn(10, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     segments = Segments(lengths, "cpu")
+    fresh = Scratch(torch.device("cpu"), torch.float64, active=False)
     parts = values.split(lengths.tolist())
     torch.testing.assert_close(segments.sum(values), torch.stack([part.sum(0) for part in parts]))
     torch.testing.assert_close(segments.mean(values), torch.stack([part.mean(0) for part in parts]))
-    torch.testing.assert_close(segments.max(values), torch.stack([part.amax(0) for part in parts]))
-    spread = segments.spread(segments.max(values))
+    torch.testing.assert_close(segments.max(values, scratch=fresh), torch.stack([part.amax(0) for part in parts]))
+    spread = segments.spread(segments.max(values, scratch=fresh))
     torch.testing.assert_close(spread, torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in parts]))
     assert segments.runs == [(1, 2), (2, 1), (3, 2)]
     values.requires_grad_()
-    for reduce in (segments.sum, segments.mean, segments.max, lambda x: segments.spread(segments.sum(x)).square()):
+    for reduce in (
+        segments.sum,
+        segments.mean,
+        lambda x: segments.max(x, scratch=fresh),
+        lambda x: segments.spread(segments.sum(x)).square(),
+    ):
         assert torch.autograd.gradcheck(reduce, (values,))
     assert torch.autograd.gradgradcheck(lambda x: segments.sum(x).square(), (values,))
 

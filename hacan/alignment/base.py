@@ -4,6 +4,8 @@ A block is N images x T tokens of m captions without padding. One matrix product
 [T, N, R]; everything after that is done while they are in the cache.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hacan.alignment.blocks import listed_blocks
 from hacan.alignment.layouts import Listing, Rectangle
 from hacan.alignment.packing import CaptionOrder, pack_texts
+from hacan.alignment.scratch import Scratch
 from hacan.alignment.segments import Segments
 from hacan.alignment.sides import LEVELS, STREAMS, Block, Regions, TokenBank, Tokens, region_features
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
@@ -20,7 +23,7 @@ from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 DIRECTIONS = ("i2t", "t2i", "both")
 # Dot products of a block on a CPU: a few MiB, so that the passes over them stay in the cache, and matrix products are
 # still large enough to run at full speed (measured by scripts/benchmark_alignment.py).
-CPU_BLOCK, CPU_IMAGES = 800_000, 16
+CPU_BLOCK, CPU_IMAGES, CPU_SHARE = 800_000, 16, 4
 ACCELERATOR_IMAGES = 128
 SAVED_PER_ELEMENT = 6  # tensors of the size of the dot products that autograd keeps, for each direction
 PASSES_PER_BLOCK = 10  # tensors of the size of the dot products alive at once, without autograd
@@ -47,7 +50,7 @@ class _Plan(NamedTuple):
     def rows(self, images: int) -> int:
         """Tokens of a block of so many images."""
         fitting = self.budget // 2 // (self.row_bytes + images * self.cell_bytes)
-        return max(1, min(fitting, self.cells // images))
+        return max(1, min(fitting, self.cells // min(images, CPU_SHARE)))
 
 
 class FineAlignment(nn.Module):
@@ -91,13 +94,12 @@ class FineAlignment(nn.Module):
     ) -> Tensor:
         """Fine similarity of all pairs, [N, M] float32 (float64 for float64 features), the sum of `streams`."""
         texts = texts if isinstance(texts, PackedTexts) else pack_texts(texts)
-        with torch.autocast(images.high.device.type, enabled=False):
+        with _exact(images, texts) as gradient:
             count = len(images.high)
             order = CaptionOrder(texts, torch.arange(len(texts.offsets) - 1), drop_ends=self.drop_ends)
-            plan, bank = self._prepare(images, texts, order, streams)
+            plan, bank = self._prepare(images, texts, order, streams, gradient)
             scores = images.high.new_zeros(count, len(texts.offsets) - 1, dtype=bank.dtype)
             chunks = order.chunks(torch.arange(len(order)), plan.rows(min(plan.images, max(count, 1))))
-            gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*images[:2], *texts[:2]))
             gathered = [{lv: bank.features(lv, at) for lv in bank.levels} for at in chunks] if gradient else None
             frugal = gradient and self._saved_bytes(images, count, order, streams, bank.dtype) > plan.budget
             for first in range(0, count, plan.images):
@@ -106,7 +108,7 @@ class FineAlignment(nn.Module):
                 for k, places in enumerate(chunks):
                     tokens, segments = bank.tokens(places, gathered and gathered[k])
                     captions = order.captions[places].to(scores.device)
-                    block = self._block(regions, tokens, segments, Rectangle(), streams, frugal)
+                    block = self._block(regions, tokens, segments, Rectangle(), bank.scratch, streams, frugal)
                     scores[first : first + len(rows), captions] = block.T
             return scores
 
@@ -126,15 +128,15 @@ class FineAlignment(nn.Module):
         texts = texts if isinstance(texts, PackedTexts) else pack_texts(texts)
         pairs = pairs.cpu()
         _check_pairs(pairs, len(images.high), len(texts.offsets) - 1)
-        with torch.autocast(images.high.device.type, enabled=False):
+        with _exact(images, texts) as gradient:
             order = CaptionOrder(texts, pairs[:, 1].unique(), drop_ends=self.drop_ends)
-            plan, bank = self._prepare(images, texts, order, streams)
+            plan, bank = self._prepare(images, texts, order, streams, gradient)
             scores = images.high.new_zeros(len(pairs), dtype=bank.dtype)
             places = order.places_of(pairs[:, 1])
             for block in listed_blocks(pairs[:, 0], places, order, most_images=plan.images, rows=plan.rows):
                 regions = self._regions(images, block.images, bank.dtype, streams)
                 tokens, segments = bank.tokens(block.places)
-                part = self._block(regions, tokens, segments, block.layout(order, bank.device), streams, frugal=False)
+                part = self._block(regions, tokens, segments, block.layout(order, bank.device), bank.scratch, streams)
                 scores[block.targets.flatten().to(scores.device)] = part.T.flatten()
             return scores
 
@@ -153,11 +155,11 @@ class FineAlignment(nn.Module):
             raise ValueError(
                 f"{len(image.high)} images and {len(text.offsets) - 1} texts: expected one of each (slice i : i + 1)"
             )
-        with torch.autocast(image.high.device.type, enabled=False):
+        with _exact(image, text):
             order = CaptionOrder(text, torch.zeros(1, dtype=torch.int64), drop_ends=self.drop_ends)
             if not len(order):
                 raise ValueError("the text has no real token, so there is nothing to look at")
-            _, bank = self._prepare(image, text, order, streams)
+            _, bank = self._prepare(image, text, order, streams, gradient=False)
             place = torch.zeros(1, dtype=torch.int64)
             regions = self._regions(image, place, bank.dtype, streams)
             tokens, segments = bank.tokens(place)
@@ -166,7 +168,7 @@ class FineAlignment(nn.Module):
             maps = {}
             for stream in streams:
                 of_image, of_text = LEVELS[stream]
-                block = Block(regions[of_image], tokens[of_text], segments, Rectangle())
+                block = Block(regions[of_image], tokens[of_text], segments, Rectangle(), bank.scratch)
                 weights = regions[of_image].features.new_zeros(len(words), regions[of_image].features.shape[1])
                 weights[words.to(weights.device)] = self.attention_stream(stream, block)
                 maps[stream] = AttentionMap(weights, words, of_image, of_text)
@@ -178,22 +180,26 @@ class FineAlignment(nn.Module):
         tokens: dict[str, Tokens],
         segments: Segments,
         layout: Rectangle | Listing,
+        scratch: Scratch,
         streams: tuple[str, ...],
-        frugal: bool,
+        frugal: bool = False,
     ) -> Tensor:
         """Scores of a block, streams summed; `frugal`: compute it again in the backward pass, keep no inner values."""
         if frugal:
-            arguments = (regions, tokens, segments, layout, streams, False)
+            arguments = (regions, tokens, segments, layout, scratch, streams)
             return checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False)
         total = None
         for stream in streams:
             of_image, of_text = LEVELS[stream]
-            scores = self.score_stream(stream, Block(regions[of_image], tokens[of_text], segments, layout))
+            parts = []
+            for some in _shares(regions[of_image], segments.rows, layout):
+                parts.append(self.score_stream(stream, Block(some, tokens[of_text], segments, layout, scratch)))
+            scores = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             total = scores if total is None else total + scores
         return total
 
     def _prepare(
-        self, images: EncodedImages, texts: PackedTexts, order: CaptionOrder, streams: tuple[str, ...]
+        self, images: EncodedImages, texts: PackedTexts, order: CaptionOrder, streams: tuple[str, ...], gradient: bool
     ) -> tuple[_Plan, TokenBank]:
         """Block sizes, and the captions with what is derived of them once."""
         unknown = [stream for stream in streams if stream not in STREAMS]
@@ -220,7 +226,9 @@ class FineAlignment(nn.Module):
             cell_bytes=itemsize * max(places) * PASSES_PER_BLOCK,
             cells=CPU_BLOCK // max(places) if on_cpu else budget,
         )
-        bank = TokenBank(texts, order, {LEVELS[stream][1] for stream in streams}, device, dtype)
+        bank = TokenBank(
+            texts, order, {LEVELS[stream][1] for stream in streams}, Scratch(device, dtype, active=not gradient)
+        )
         bank.derive(self, {"high"} if "ksf" in streams else set(), max(1, budget // 4 // plan.row_bytes))
         return plan, bank
 
@@ -242,6 +250,24 @@ class FineAlignment(nn.Module):
         places = sum(getattr(images, LEVELS[stream][0]).shape[1] for stream in streams)
         per_element = SAVED_PER_ELEMENT * len(self.directions) * dtype.itemsize
         return int(order.lengths.sum()) * count * places * per_element
+
+
+@contextmanager
+def _exact(images: EncodedImages, texts: PackedTexts) -> Iterator[bool]:
+    """Outside of autocast, and with gradients only if something asks for them; yields whether."""
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*images[:2], *texts[:2]))
+    with torch.autocast(images.high.device.type, enabled=False), torch.set_grad_enabled(gradient):
+        yield gradient
+
+
+def _shares(regions: Regions, rows: int, layout: Rectangle | Listing) -> list[Regions]:
+    """The images of a rectangle in shares whose dot products with `rows` tokens fit the cache; a listing as it is."""
+    images, places, _ = regions.features.shape
+    if regions.features.device.type != "cpu" or isinstance(layout, Listing):
+        return [regions]
+    share = max(1, CPU_BLOCK // (rows * places))
+    parts = [None if field is None else field.split(share) for field in regions]
+    return [Regions(*(part and part[k] for part in parts)) for k in range(-(-images // share))]
 
 
 def _check_pairs(pairs: Tensor, images: int, texts: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hacan.alignment.axes import RegionAxis, TokenAxis
 from hacan.alignment.base import FineAlignment
+from hacan.alignment.scratch import Scratch
 from hacan.alignment.segments import Segments
 from hacan.alignment.sides import Block, Regions, Tokens, inverse_norms
 
@@ -57,7 +58,9 @@ class HybridAlignment(FineAlignment):
         """Attention weights [T, R] of one pair, of KSF the focal ones; they sum to 1 over the sources."""
         queries, sources = _axes(block, self.directions[-1])
         focal_type = self.focal_type if stream == "ksf" else None
-        weights = _weights(F.leaky_relu(block.product(), 0.1), queries, sources, self.temperature, focal_type)
+        weights = _weights(
+            _leaky(block.product(), block.scratch), queries, sources, self.temperature, focal_type, block.scratch
+        )
         return (weights / sources.spread(sources.sum(weights))).squeeze(1)
 
 
@@ -79,17 +82,22 @@ def key_semantic_filter(block: Block, *, directions: tuple[str, ...], temperatur
 
 def _attention_score(block: Block, directions: tuple[str, ...], temperature: float, focal_type: str | None) -> Tensor:
     dots = block.product()
-    raw = F.leaky_relu(dots, 0.1)
+    raw = _leaky(dots, block.scratch)
     scores = []
     for direction in directions:
         queries, sources = _axes(block, direction)
-        weights = _weights(raw, queries, sources, temperature, focal_type)
+        weights = _weights(raw, queries, sources, temperature, focal_type, block.scratch)
         # cos(q, u) of u = sum_s e_s s, with ||u|| / sum_s e_s at least 1e-8
         floor = (1e-8 * sources.sum(weights)).square()
         squares = torch.maximum(sources.quadratic(weights), floor)
-        cosines = sources.sum(weights * dots) * squares.rsqrt() * queries.inverse_norms()
-        scores.append(queries.mean(cosines).squeeze(2))
+        along = sources.sum(torch.mul(weights, dots, out=block.scratch("work", *dots.shape)))
+        scores.append(queries.mean(along * squares.rsqrt() * queries.inverse_norms()).squeeze(2))
     return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
+
+
+def _leaky(dots: Tensor, scratch: Scratch) -> Tensor:
+    out = scratch("raw", *dots.shape)
+    return F.leaky_relu(dots, 0.1) if out is None else torch.ops.aten.leaky_relu.out(dots, 0.1, out=out)
 
 
 def _axes(block: Block, direction: str) -> tuple[RegionAxis | TokenAxis, RegionAxis | TokenAxis]:
@@ -104,24 +112,30 @@ def _weights(
     sources: RegionAxis | TokenAxis,
     temperature: float,
     focal_type: str | None,
+    scratch: Scratch,
 ) -> Tensor:
     """The attention of a = `raw` [T, N, R], not divided by its sum over sources."""
-    weights = raw / queries.spread(queries.norm(raw) + 1e-8)  # divided, so that a / |a| is 1 exactly
+    norms = queries.spread(queries.norm(raw) + 1e-8)
+    weights = torch.div(raw, norms, out=scratch("weights", *raw.shape))  # divided, so that a / |a| is 1 exactly
     weights = weights.mul_(temperature)
     if temperature > STEEP:
-        weights = weights - sources.spread(sources.max(weights.detach()))
+        weights = weights.sub_(sources.spread(sources.max(weights.detach())))
     weights = weights.exp_()
-    return weights if focal_type is None else weights * _kept(weights.detach(), sources, focal_type)
+    if focal_type is None:
+        return weights
+    return torch.mul(weights, _kept(weights, sources, focal_type, scratch), out=scratch.over(weights))
 
 
 @torch.no_grad()
-def _kept(weights: Tensor, sources: RegionAxis | TokenAxis, focal_type: str) -> Tensor:
+def _kept(weights: Tensor, sources: RegionAxis | TokenAxis, focal_type: str, scratch: Scratch) -> Tensor:
     """1 where a source is kept for a query, else 0; weights may have any scale."""
     if focal_type == "prob":
-        roots = weights.sqrt()
-        bar = sources.sum(weights * roots) / sources.sum(roots)
+        roots = torch.sqrt(weights, out=scratch("work", *weights.shape))
+        total = sources.sum(roots)
+        bar = sources.sum(torch.mul(roots, weights, out=scratch.over(roots))) / total
     else:
         bar = sources.mean(weights)
     eps = torch.finfo(weights.dtype).eps
-    bar = torch.minimum(bar * (1 - 8 * eps), sources.max(weights) * (1 - eps))
-    return torch.gt(weights, sources.spread(bar), out=torch.empty_like(weights))
+    bar = sources.spread(torch.minimum(bar * (1 - 8 * eps), sources.max(weights) * (1 - eps)))
+    kept = scratch("work", *weights.shape)
+    return torch.gt(weights, bar, out=torch.empty_like(weights) if kept is None else kept)

@@ -3,18 +3,23 @@
 import torch
 from torch import Tensor
 
+from hacan.alignment.scratch import Scratch
+
 
 class Rectangle:
     """All of N images meet all of m captions: scores [m, N]."""
 
-    def product(self, tokens: Tensor, regions: Tensor) -> Tensor:
+    def product(self, tokens: Tensor, regions: Tensor, *, scratch: Scratch) -> Tensor:
         """[T, d] x [N, R, d] -> dot products [T, N, R]."""
-        return (tokens @ regions.flatten(0, 1).T).view(-1, *regions.shape[:2])
+        columns = regions.flatten(0, 1)
+        dots = torch.mm(tokens, columns.T, out=scratch("dots", len(tokens), len(columns)))
+        return dots.view(-1, *regions.shape[:2])
 
-    def quadratic(self, weights: Tensor, grams: Tensor) -> Tensor:
-        """W G w^T over regions: [T, N, R] and [N, R, R] -> [T, N, 1]."""
-        by_image = weights.transpose(0, 1)
-        return (by_image * torch.bmm(by_image, grams)).sum(2).T.unsqueeze(2)
+    def quadratic(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
+        """Of weights w [T, N, R] and Gram matrices G [N, R, R] of the regions, w G w^T: [T, N, 1]."""
+        weights = weights.transpose(0, 1)
+        half = torch.bmm(weights, grams, out=scratch("work", *weights.shape))
+        return torch.mul(half, weights, out=scratch.over(half)).sum(2).T.unsqueeze(2)
 
     def at_pairs(self, values: Tensor) -> Tensor:
         """[N, R], a value for each region -> what meets [m, N, R]."""
@@ -29,27 +34,25 @@ class Listing:
         self._rows = rows
         self._images = images
 
-    def product(self, tokens: Tensor, regions: Tensor) -> Tensor:
+    def product(self, tokens: Tensor, regions: Tensor, *, scratch: Scratch) -> Tensor:
         """[T, d] x [G, R, d] -> dot products [T, 1, R], each token with the regions of its own image."""
-        return self._by_image(tokens, regions.mT).unsqueeze(1)
+        return self._by_image(tokens, regions.mT, scratch("dots", len(tokens), regions.shape[1])).unsqueeze(1)
 
-    def quadratic(self, weights: Tensor, grams: Tensor) -> Tensor:
-        """W G w^T over regions: [T, 1, R] and [G, R, R] -> [T, 1, 1]."""
+    def quadratic(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
+        """Of weights w [T, 1, R] and Gram matrices G [G, R, R] of the regions, w G w^T: [T, 1, 1]."""
         weights = weights.squeeze(1)
-        return (weights * self._by_image(weights, grams)).sum(1)[:, None, None]
+        half = self._by_image(weights, grams, scratch("work", *weights.shape))
+        return torch.mul(half, weights, out=scratch.over(half)).sum(1)[:, None, None]
 
     def at_pairs(self, values: Tensor) -> Tensor:
-        """[G, R], a value for each region -> [m, 1, R]."""
+        """[G, R], a value for each region -> what meets [m, 1, R]."""
         return values.index_select(0, self._images).unsqueeze(1)
 
-    def _by_image(self, rows: Tensor, matrices: Tensor) -> Tensor:
+    def _by_image(self, rows: Tensor, matrices: Tensor, out: Tensor | None) -> Tensor:
         """[T, k] x [G, k, R] -> [T, R]."""
-        parts = rows.split(self._rows)
-        if len(parts) == 1:
-            return rows @ matrices[0]
-        if torch.is_grad_enabled():
-            return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
-        result = rows.new_empty(len(rows), matrices.shape[2])
-        for part, matrix, place in zip(parts, matrices, result.split(self._rows), strict=True):
+        places = [None] * len(self._rows) if out is None else out.split(self._rows)
+        parts = [
             torch.mm(part, matrix, out=place)
-        return result
+            for part, matrix, place in zip(rows.split(self._rows), matrices, places, strict=True)
+        ]
+        return torch.cat(parts) if out is None else out

@@ -5,7 +5,6 @@ positive scale: they cancel exactly (up to the floor of the norms), so they are 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hacan.alignment.base import FineAlignment
@@ -52,8 +51,9 @@ def local_relationship_guidance(block: Block) -> Tensor:
     Release: gates on words and regions; here: none, because they cancel. |p| <= 1, so exp needs no shift.
     """
     p = _cosines(block)
-    weights = p.exp()
-    return block.segments.mean((weights * p).sum(2) / weights.sum(2))
+    weights = torch.exp(p, out=block.scratch("weights", *p.shape))
+    total = torch.mul(weights, p, out=block.scratch.over(p)).sum(2)
+    return block.segments.mean(total / weights.sum(2))
 
 
 def key_semantic_filter(block: Block, *, directions: tuple[str, ...]) -> Tensor:
@@ -62,12 +62,17 @@ def key_semantic_filter(block: Block, *, directions: tuple[str, ...]) -> Tensor:
     scores = []
     for direction in directions:
         z = _filtered_cosines(block, direction, sign)
-        scores.append(block.segments.max(z).mean(2) if direction == "i2t" else block.segments.mean(z.amax(2)))
+        scores.append(
+            block.segments.max(z, scratch=block.scratch).mean(2)
+            if direction == "i2t"
+            else block.segments.mean(z.amax(2))
+        )
     return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
 
 
 def _cosines(block: Block) -> Tensor:
-    return block.product() * block.tokens.inverse_norms[:, None, None]
+    dots = block.product()
+    return torch.mul(dots, block.tokens.inverse_norms[:, None, None], out=block.scratch.over(dots))
 
 
 @torch.no_grad()
@@ -76,15 +81,25 @@ def _agreement(block: Block) -> Tensor:
 
     It is the same in both directions, and no gradient flows through it.
     """
+    scratch, segments = block.scratch, block.segments
     r = _cosines(block)
-    delta = r - (block.segments.spread(block.segments.mean(r)) + r.mean(2, keepdim=True)) / 2
-    return F.hardshrink(delta, 1e-8).sign_()
+    means = segments.spread(segments.mean(r), out=scratch("work", *r.shape)).add_(r.mean(2, keepdim=True))
+    delta = r.sub_(means, alpha=0.5)
+    sign = scratch("sign", *r.shape)
+    positive = torch.gt(delta, 1e-8, out=torch.empty_like(delta) if sign is None else sign)
+    return positive.sub_(torch.lt(delta, -1e-8, out=means))
 
 
 def _filtered_cosines(block: Block, direction: str, sign: Tensor) -> Tensor:
     """Z [T, N, R]. The product is taken with the residual sources themselves: no difference of large numbers."""
+    scratch = block.scratch
     if direction == "i2t":
-        mean = block.segments.mean(block.tokens.features)
-        rest = block.tokens.features - block.segments.spread(mean)
-        return block.product(tokens=rest) * (sign * block.tokens.inverse_residual_norms[:, None, None])
-    return block.product(regions=block.regions.residuals) * (sign * block.tokens.inverse_norms[:, None, None])
+        tokens, segments = block.tokens.features, block.segments
+        means = segments.spread(segments.mean(tokens), out=scratch("rest", *tokens.shape))
+        dots = block.product(tokens=torch.sub(tokens, means, out=scratch.over(means)))
+        scale = block.tokens.inverse_residual_norms
+    else:
+        dots = block.product(regions=block.regions.residuals)
+        scale = block.tokens.inverse_norms
+    z = torch.mul(dots, sign, out=scratch.over(dots))
+    return torch.mul(z, scale[:, None, None], out=scratch.over(z))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hacan.alignment.scratch import Scratch
+
 
 class Segments:
     """m captions, in any order, whose T tokens are the rows of a matrix; every caption has at least one token.
@@ -37,18 +39,24 @@ class Segments:
         total = self.sum(values)
         return total / self._lengths.view(-1, *[1] * (total.ndim - 1))
 
-    def spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[m, ...] -> [T, ...], each caption's value at all of its tokens."""
+        if out is not None:
+            return torch.index_select(values, 0, self._owner, out=out)
         return _Spread.apply(values.flatten(1), self).view(-1, *values.shape[1:])
 
-    def max(self, values: Tensor) -> Tensor:
+    def max(self, values: Tensor, *, scratch: Scratch) -> Tensor:
         """[T, ...] -> [m, ...], the maximum over each caption's tokens."""
-        return self.join([part.amax(1) for part in self.split(values)])
+        return self.join([part.amax(1) for part in self.split(self.sorted(values, scratch=scratch))])
+
+    def sorted(self, values: Tensor, *, scratch: Scratch) -> Tensor:
+        """[T, ...], the captions in the order of the runs; as it is where that is their order."""
+        if self._sorted_rows is None:
+            return values
+        return torch.index_select(values, 0, self._sorted_rows, out=scratch("sorted", *values.shape))
 
     def split(self, values: Tensor) -> list[Tensor]:
-        """[T, ...] -> [count, length, ...] for each run of captions of one length: views where they stand together."""
-        if self._sorted_rows is not None:
-            values = values.index_select(0, self._sorted_rows)
+        """Sorted [T, ...] -> views [count, length, ...] for each run of captions of one length."""
         parts = values.split([length * count for length, count in self.runs])
         return [
             part.view(count, length, *values.shape[1:]) for part, (length, count) in zip(parts, self.runs, strict=True)

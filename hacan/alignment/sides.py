@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hacan.alignment.layouts import Listing, Rectangle
 from hacan.alignment.packing import CaptionOrder
+from hacan.alignment.scratch import Scratch
 from hacan.alignment.segments import Segments
 from hacan.types import EncodedImages, PackedTexts
 
@@ -39,17 +40,20 @@ class Block(NamedTuple):
     tokens: Tokens
     segments: Segments
     layout: Rectangle | Listing
+    scratch: Scratch
 
     def product(self, *, tokens: Tensor | None = None, regions: Tensor | None = None) -> Tensor:
         """Dot products [T, N, R] of the features, or of what stands in for them."""
         return self.layout.product(
-            self.tokens.features if tokens is None else tokens, self.regions.features if regions is None else regions
+            self.tokens.features if tokens is None else tokens,
+            self.regions.features if regions is None else regions,
+            scratch=self.scratch,
         )
 
 
 def inverse_norms(features: Tensor) -> Tensor:
-    """[..., d] -> [...]: 1 / max(||x||, 1e-8), the floor inside the root, so that the gradient at 0 is finite."""
-    return features.square().sum(-1).clamp_min(1e-16).rsqrt()
+    """Of [..., d], 1 / max(||x||, 1e-8): [...]. Its gradient at 0 is 0."""
+    return torch.linalg.vector_norm(features, dim=-1).clamp_min(1e-8).reciprocal()
 
 
 def residuals(sources: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,16 +63,16 @@ def residuals(sources: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     one among them, have no direction left, and rounding must not invent one.
     """
     rest = sources - mean
-    size = rest.detach().square().sum(-1)
-    bound = (32 * torch.finfo(sources.dtype).eps) ** 2 * sources.detach().square().sum(-1)
-    return rest, inverse_norms(rest) * (size > bound)
+    sizes = torch.linalg.vector_norm(rest.detach(), dim=-1), torch.linalg.vector_norm(sources.detach(), dim=-1)
+    return rest, inverse_norms(rest) * (sizes[0] > 32 * torch.finfo(sources.dtype).eps * sizes[1])
 
 
 class TokenBank:
     """Serves the tokens of captions, gathered and upcast on demand; what is small is computed once and kept."""
 
-    def __init__(self, texts: PackedTexts, order: CaptionOrder, levels: set[str], device: torch.device, dtype) -> None:  # noqa: ANN001
-        self.order, self.device, self.dtype = order, device, dtype
+    def __init__(self, texts: PackedTexts, order: CaptionOrder, levels: set[str], scratch: Scratch) -> None:
+        self.order, self.scratch = order, scratch
+        self.device, self.dtype = scratch.device, scratch.dtype
         self.levels = sorted(levels)
         self._banks = {level: getattr(texts, level) for level in self.levels}
         self._derived: dict[str, Tokens] = {}
@@ -90,13 +94,21 @@ class TokenBank:
             self._grams[level] = {length: torch.cat(pieces) for length, pieces in grams.items()}
 
     def features(self, level: str, places: Tensor) -> Tensor:
-        """Tokens [T, d] of the captions at these places of the order."""
+        """Tokens [T, d] of the captions at these places of the order.
+
+        Without gradients the next call for this level may overwrite them.
+        """
         bank, rows = self._banks[level], self.order.bank_rows(places)
         if bool((rows.diff() == 1).all()):
             picked = bank[int(rows[0]) : int(rows[-1]) + 1]
         else:
-            picked = bank.index_select(0, rows.to(bank.device))
-        return picked.to(device=self.device, dtype=self.dtype)
+            shape = (len(rows), bank.shape[1])
+            out = self.scratch(f"tokens {level}", *shape, dtype=bank.dtype) if bank.device == self.device else None
+            picked = torch.index_select(bank, 0, rows.to(bank.device), out=out)
+        if picked.dtype == self.dtype and picked.device == self.device:
+            return picked
+        wide = self.scratch(f"tokens {level}", *picked.shape)
+        return picked.to(device=self.device, dtype=self.dtype) if wide is None else wide.copy_(picked)
 
     def tokens(self, places: Tensor, features: dict[str, Tensor] | None = None) -> tuple[dict[str, Tokens], Segments]:
         """All levels of the captions at these places; `features` where they are already gathered."""
