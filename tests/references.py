@@ -123,6 +123,82 @@ def revised_fine(image, text, direction, streams=("ksf", "lrg_high", "lrg_mid"),
     return total
 
 
+def by_caption(name, images, texts, direction, temperature=9.0, focal_type="prob"):
+    """The score matrix [N, M] as the public code goes about it: a loop over captions, all images at once.
+
+    The formulas of METHOD sections 2 and 3 as they are written: attended vectors are formed, the focal test is
+    quadratic, gates are computed.
+    """
+    columns = []
+    for j in range(len(texts.high)):
+        high, mid = (tokens[j][texts.mask[j]] for tokens in (texts.high, texts.mid))
+        if not len(high):
+            columns.append(images.high.new_zeros(len(images.high)))
+            continue
+        if name == "revised":
+            high, mid = revised_tokens(high), revised_tokens(mid)
+        ways = ("i2t", "t2i") if direction == "both" else (direction,)
+        scores = []
+        for way in ways:
+            total = 0
+            for regions, tokens, focal in (
+                (images.high, high, True),
+                (images.high, mid, False),
+                (images.mid, high, False),
+            ):
+                tokens = tokens.expand(len(regions), -1, -1)
+                queries, sources = (regions, tokens) if way == "i2t" else (tokens, regions)
+                if name == "hybrid":
+                    total = total + _batched_hybrid(queries, sources, temperature, focal_type if focal else None)
+                else:
+                    total = total + (_batched_ksf(queries, sources) if focal else _batched_lrg(regions, tokens))
+            scores.append(total)
+        columns.append(sum(scores) / len(scores))
+    return torch.stack(columns, dim=1)
+
+
+def _batched_hybrid(queries, sources, temperature, focal_type):
+    """METHOD section 2 for N pairs: queries [N, n_q, d], sources [N, n_s, d] -> [N]."""
+    a = torch.nn.functional.leaky_relu(sources @ queries.mT, 0.1)  # [N, n_s, n_q]
+    b = a / (torch.linalg.vector_norm(a, dim=2, keepdim=True) + 1e-8)
+    w = torch.softmax(temperature * b.mT, dim=2)  # [N, n_q, n_s]
+    if focal_type is not None:
+        known = w.detach() * (1 + 8 * torch.finfo(w.dtype).eps)
+        if focal_type == "equal":
+            keep = known > 1 / w.shape[2]
+        else:
+            difference = known[..., :, None] - w.detach()[..., None, :]
+            keep = (difference * w.detach().sqrt()[..., None, :]).sum(-1) > 0
+        w = torch.where(keep | ~keep.any(2, keepdim=True), w, 0)
+        w = w / w.sum(2, keepdim=True)
+    return torch.nn.functional.cosine_similarity(queries, w @ sources, dim=2).mean(1)
+
+
+def _cosines(first, second):
+    """Cosine of each x [N, n, d] with each y [N, m, d]: [N, n, m]."""
+    first, second = (x / torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-8) for x in (first, second))
+    return first @ second.mT
+
+
+def _batched_lrg(regions, tokens):
+    """METHOD section 3 for N pairs: Local Relationship Guidance with its gates, [N]."""
+    words = torch.sigmoid(tokens @ regions.mean(1, keepdim=True).mT) * tokens
+    best = _cosines(regions, words).argmax(2)
+    chosen = torch.take_along_dim(words, best[..., None], dim=1)
+    gated = torch.sigmoid((regions * chosen).sum(2, keepdim=True)) * regions
+    p = _cosines(words, gated)
+    return (torch.softmax(p, dim=2) * p).sum(2).mean(1)
+
+
+def _batched_ksf(queries, sources):
+    """METHOD section 3 for N pairs: the Key Semantic Filter, [N]."""
+    r = _cosines(queries, sources)
+    delta = ((r - r.mean(2, keepdim=True)) + (r - r.mean(1, keepdim=True))) / 2
+    rest = sources - sources[:, :1]
+    z = _cosines(queries, rest - rest.mean(1, keepdim=True)) * delta.sign() * (delta.abs() > 1e-8)
+    return z.amax(2).mean(1)
+
+
 def all_pairs(fine, images, texts, **arguments):
     """The score matrix [N, M] of a twin `fine`: a loop over images and captions, padding cut away by the mask."""
     rows = []

@@ -154,6 +154,16 @@ def test_gradcheck(name, focal_type, direction, score_memory):
     assert torch.autograd.gradcheck(score, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("name", "focal_type"), FORMS)
+def test_the_loop_over_captions_is_a_twin_too(name, focal_type, direction):
+    # The benchmark times it: the literal twins would take hours at real sizes.
+    images, texts = features(33, texts=(4, 1, 0, 5))
+    found = references.by_caption(name, images, texts, direction, LAMBDA, focal_type)
+    expected = twin(name, focal_type, direction, images, texts)
+    torch.testing.assert_close(found, expected.to(found.dtype), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("what", ["images", "texts", "both", "one region", "one token", "equal"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)

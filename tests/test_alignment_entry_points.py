@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_alignment import DIRECTIONS, FORMS, changed, features, form
 
-from hacan.alignment import HybridAlignment, RevisedAlignment, pack_texts
+from hacan.alignment import HybridAlignment, RevisedAlignment, build_alignment, pack_texts
 from hacan.alignment.blocks import listed_blocks
 from hacan.alignment.packing import CaptionOrder
 from hacan.alignment.scratch import Scratch
@@ -131,6 +131,22 @@ def test_half_precision_banks_are_read_in_float32(name, focal_type, half):
     assert scores.dtype == listed.dtype == torch.float32
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(listed, expected[SHUFFLED[:, 0], SHUFFLED[:, 1]], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "focal_type"), FORMS[::2])
+def test_products_in_bfloat16_are_close_and_scores_stay_float32(name, focal_type):
+    images, texts = features(51, width=64)
+    alignment = build_alignment(
+        name, direction="both", temperature=9.0, focal_type=focal_type, product_dtype=torch.bfloat16
+    )
+    for streams in (("lrg_high", "lrg_mid"), ("ksf",)):
+        exact = form(name, focal_type, "both")(images, texts, streams=streams)
+        scores = alignment(images, texts, streams=streams)
+        assert scores.dtype == torch.float32
+        assert (scores - exact).abs().max() > 0
+        assert (scores - exact).abs().mean() < 0.02  # the filters are steps: single entries may move further
+    listed = alignment.pairs(images, texts, SHUFFLED)
+    torch.testing.assert_close(listed, alignment(images, texts)[SHUFFLED[:, 0], SHUFFLED[:, 1]], atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)

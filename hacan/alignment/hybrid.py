@@ -26,8 +26,16 @@ STEEP = 20.0  # |lambda b| stays below it: exp needs no shift in float32, with f
 class HybridAlignment(FineAlignment):
     """KSF(V_h, T_h) + LRG(V_h, T_m) + LRG(V_m, T_h) with attention of inverse temperature lambda (METHOD section 2)."""
 
-    def __init__(self, *, direction: str, temperature: float, focal_type: str, score_memory: int = 256) -> None:
-        super().__init__(direction=direction, score_memory=score_memory)
+    def __init__(
+        self,
+        *,
+        direction: str,
+        temperature: float,
+        focal_type: str,
+        score_memory: int = 256,
+        product_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(direction=direction, score_memory=score_memory, product_dtype=product_dtype)
         if focal_type not in FOCAL_TYPES:
             raise ValueError(f"focal_type={focal_type!r}: expected one of {', '.join(FOCAL_TYPES)}")
         if not temperature > 0:

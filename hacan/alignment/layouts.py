@@ -12,7 +12,7 @@ class Rectangle:
     def product(self, tokens: Tensor, regions: Tensor, *, scratch: Scratch) -> Tensor:
         """[T, d] x [N, R, d] -> dot products [T, N, R]."""
         columns = regions.flatten(0, 1)
-        dots = torch.mm(tokens, columns.T, out=scratch("dots", len(tokens), len(columns)))
+        dots = torch.mm(tokens, columns.T, out=scratch("dots", len(tokens), len(columns), dtype=tokens.dtype))
         return dots.view(-1, *regions.shape[:2])
 
     def quadratic(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
@@ -36,7 +36,8 @@ class Listing:
 
     def product(self, tokens: Tensor, regions: Tensor, *, scratch: Scratch) -> Tensor:
         """[T, d] x [G, R, d] -> dot products [T, 1, R], each token with the regions of its own image."""
-        return self._by_image(tokens, regions.mT, scratch("dots", len(tokens), regions.shape[1])).unsqueeze(1)
+        out = scratch("dots", len(tokens), regions.shape[1], dtype=tokens.dtype)
+        return self._by_image(tokens, regions.mT, out).unsqueeze(1)
 
     def quadratic(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
         """Of weights w [T, 1, R] and Gram matrices G [G, R, R] of the regions, w G w^T: [T, 1, 1]."""

@@ -41,14 +41,17 @@ class Block(NamedTuple):
     segments: Segments
     layout: Rectangle | Listing
     scratch: Scratch
+    product_dtype: torch.dtype | None = None  # precision of the products' factors; None: that of the features
 
     def product(self, *, tokens: Tensor | None = None, regions: Tensor | None = None) -> Tensor:
         """Dot products [T, N, R] of the features, or of what stands in for them."""
-        return self.layout.product(
-            self.tokens.features if tokens is None else tokens,
-            self.regions.features if regions is None else regions,
-            scratch=self.scratch,
-        )
+        tokens = self.tokens.features if tokens is None else tokens
+        regions = self.regions.features if regions is None else regions
+        if self.product_dtype is None:
+            return self.layout.product(tokens, regions, scratch=self.scratch)
+        dots = self.layout.product(tokens.to(self.product_dtype), regions.to(self.product_dtype), scratch=self.scratch)
+        wide = self.scratch("dots", *dots.shape)
+        return dots.to(self.scratch.dtype) if wide is None else wide.copy_(dots)
 
 
 def inverse_norms(features: Tensor) -> Tensor:
