@@ -27,6 +27,15 @@ class Killed(Exception):
     """Stands for SIGKILL within this process."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many threads here as `run_py` gives its processes: sums of another number of threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return tmp_path_factory.mktemp("demo")
