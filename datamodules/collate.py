@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.transforms import normalise
+from hacan.pixels import normalise
 from hacan.types import PairBatch
 
 

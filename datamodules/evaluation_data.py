@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.collate import BadPicture, pad_tokens
-from datamodules.pictures import read_picture
 from datamodules.records import CaptionedImage
 from datamodules.tokens import TokenTable
-from datamodules.transforms import Transform, normalise
+from datamodules.transforms import Transform
 from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
+from hacan.pictures import read_picture
+from hacan.pixels import normalise
 
 
 @dataclass(frozen=True)

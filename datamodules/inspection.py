@@ -13,11 +13,11 @@ from datamodules.captions_file import NAMES as CAPTIONS_FILES
 from datamodules.captions_file import read_captions_file
 from datamodules.folders import missing_files
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, Layout, read_karpathy
-from datamodules.pictures import read_picture
 from datamodules.readers import read_records
 from datamodules.records import SPLITS, CaptionedImage
 from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
 from hacan.errors import UserError
+from hacan.pictures import read_picture
 
 SCENES = Layout(folders=("scenes",), picture_folders=("",), json_name=SCENES_JSON)  # as they lie, never drawn here
 LOOKED_FOR = {

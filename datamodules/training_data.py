@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import Dataset
 
 from datamodules.collate import BadPicture, Pair, PairCollator
-from datamodules.pictures import read_picture
 from datamodules.sampling import TrainingOrder, derived_seed
 from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
 from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
+from hacan.pictures import read_picture
 from hacan.types import PairBatch
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from hacan.checkpoints import open_checkpoint, tokenizer_from_description
 from hacan.errors import UserError
 from hacan.model import HACAN
-from hacan.pixels import evaluation_pixels, read_picture
+from hacan.pictures import read_picture
+from hacan.pixels import evaluation_pixels
 from hacan.types import EncodedImages, EncodedTexts
 
 
@@ -100,8 +101,10 @@ class Pretrained:
         return evaluation_pixels(array, image_size=self.image_size, centre_crop=self.centre_crop)
 
     def _encode_some(self, captions: list[str]) -> EncodedTexts:
+        # a lone half of an emoji, which JSON can hold, is no text to the tokenizer
+        whole = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
         encoded = self.tokenizer(
-            captions, truncation=True, max_length=self.max_text_len, padding=True, return_tensors="pt"
+            whole, truncation=True, max_length=self.max_text_len, padding=True, return_tensors="pt"
         ).to(self.device)
         return self.model.encode_texts(encoded["input_ids"], encoded["attention_mask"].bool())
 
@@ -110,3 +113,8 @@ def _must_be_several(items: Sequence, name: str) -> None:
     if isinstance(items, (str, Path, np.ndarray)) or len(items) == 0:
         found = "an empty list" if not isinstance(items, (str, Path, np.ndarray)) else f"one {type(items).__name__}"
         raise ValueError(f"{name} is {found}, expected a list of at least one: [...]")
+    kinds = (str,) if name == "captions" else (str, Path, np.ndarray)
+    for place, item in enumerate(items):
+        if not isinstance(item, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name}[{place}] is {item!r:.40} of type {type(item).__name__}, expected {expected}")

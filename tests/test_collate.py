@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from datamodules.collate import BadPicture, Pair, PairCollator, pad_tokens
 from datamodules.scenes import scenes_vocabulary
 from datamodules.tokens import load_tokenizer, tokenise
-from datamodules.transforms import normalise
+from hacan.pixels import normalise
 
 TOKENIZER = load_tokenizer("scenes")
 CLS, SEP, PAD, UNK = (TOKENIZER.convert_tokens_to_ids(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"))

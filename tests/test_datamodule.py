@@ -16,8 +16,9 @@ from datamodules.records import CaptionedImage
 from datamodules.sampling import TrainingOrder, derived_seed
 from datamodules.tokens import load_tokenizer
 from datamodules.training_data import seeded
-from datamodules.transforms import evaluation_transform, normalise
+from datamodules.transforms import evaluation_transform
 from hacan.errors import UserError
+from hacan.pixels import normalise
 from hacan.types import PairBatch
 
 TOKENIZER = load_tokenizer("scenes")

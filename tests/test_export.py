@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import runpy
+import struct
 import subprocess
 import sys
 
@@ -106,8 +107,35 @@ def test_single_items_and_empty_lists_are_refused(trained, pictures):
     for bad in ("a dog", []):
         with pytest.raises(ValueError, match=r"captions is (one str|an empty list), expected a list"):
             loaded.encode_texts(bad)
-    with pytest.raises(UserError, match=r"picture nosuch.jpg cannot be read"):
-        loaded.encode_images(["nosuch.jpg"])
+    with pytest.raises(ValueError, match=r"captions\[1\] is None of type NoneType, expected str"):
+        loaded.encode_texts(["a dog", None])
+    with pytest.raises(ValueError, match=r"pictures\[0\] is 3 of type int, expected str or Path or ndarray"):
+        loaded.encode_images([3])
+
+
+def test_bad_pictures_and_bombs_are_one_line(trained, tmp_path):
+    loaded = hacan.load_pretrained(trained[1])
+    bomb, page = tmp_path / "bomb.png", tmp_path / "page.jpg"
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 60_000, 50_000) + bytes(99))
+    page.write_bytes(b"<html>404</html>")
+    for path, words in (
+        ("nosuch.jpg", "cannot be read: there is no such file"),
+        (bomb, "claims to be 60000 x 50000 pixels.*decompression bomb"),
+        (page, "cannot be decoded"),
+    ):
+        with pytest.raises(UserError, match=f"picture {path} {words}") as error:
+            loaded.encode_images([path])
+        assert "\n" not in str(error.value)
+
+
+def test_odd_captions_are_captions(trained):
+    """Very long ones are cut, empty ones are [CLS] [SEP]; no emoji, half emoji or NUL spoils its neighbours."""
+    loaded = hacan.load_pretrained(trained[1])
+    odd = ["a dog " * 5000, "", " \n\t", "\U0001f415 dog", "\ud83d", "\0", "a\0dog", "a dog"]
+    texts = loaded.encode_texts(odd)
+    assert texts.mask.sum(dim=1).tolist()[:3] == [12, 2, 2]
+    assert all(torch.isfinite(values).all() for values in (texts.high[texts.mask], texts.pooled))
+    torch.testing.assert_close(texts.pooled[-1:], loaded.encode_texts(["a dog"]).pooled)
 
 
 def test_the_demos_pictures_are_squeezed_not_cropped(make_model, make_settings, tokenizer, tmp_path):

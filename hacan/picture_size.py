@@ -2,6 +2,8 @@
 
 import struct
 
+KINDS = "JPEG, PNG, WebP, GIF, BMP, TIFF"  # that `header_size` knows
+
 
 def header_size(content: bytes) -> tuple[int, int] | None:
     """(width, height) that the header of a PNG, JPEG, GIF, BMP, WebP or TIFF file claims; None for anything else."""
