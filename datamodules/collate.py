@@ -39,20 +39,19 @@ def pad_tokens(captions: Sequence[np.ndarray], padding_id: int) -> tuple[Tensor,
 
 
 class PairCollator:
-    """Makes batches of items; one of its own per run, because it knows the id of padding."""
+    """Makes batches of items; one of its own per run, because it knows the id of padding and the size of pictures."""
 
-    def __init__(self, *, padding_id: int) -> None:
-        self._padding_id = padding_id
+    def __init__(self, *, padding_id: int, image_size: int) -> None:
+        self._padding_id, self._image_size = padding_id, image_size
 
-    def __call__(self, items: Sequence[Pair | BadPicture]) -> tuple[PairBatch | None, list[BadPicture]]:
-        """(The batch of the items that could be read, or None where none could; the unreadable ones.)"""
+    def __call__(self, items: Sequence[Pair | BadPicture]) -> tuple[PairBatch, list[BadPicture]]:
+        """(The batch of the items that could be read, of no pair at all where none could; the unreadable ones.)"""
         pairs = [item for item in items if isinstance(item, Pair)]
         bad = [item for item in items if isinstance(item, BadPicture)]
-        if not pairs:
-            return None, bad
         token_ids, token_mask = pad_tokens([pair.tokens for pair in pairs], self._padding_id)
+        none = torch.zeros(0, 3, self._image_size, self._image_size)
         batch = PairBatch(
-            images=normalise(torch.stack([pair.image for pair in pairs])),
+            images=normalise(torch.stack([pair.image for pair in pairs])) if pairs else none,
             token_ids=token_ids,
             token_mask=token_mask,
             image_ids=torch.tensor([pair.image_id for pair in pairs], dtype=torch.int64),

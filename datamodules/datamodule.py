@@ -92,6 +92,7 @@ class PairDataModule(pl.LightningDataModule):
             pairs,
             order,
             padding_id=tokens.padding_id,
+            image_size=self._image_size,
             num_workers=self._num_workers,
             on_bad_image=self._on_bad_image,
         )

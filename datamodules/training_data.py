@@ -71,11 +71,19 @@ class TrainingLoader:
     """Batches of one process, from `order`'s position on.
 
     Not a torch DataLoader but around one: it counts what was handed out (not what workers have prefetched), keeps count
-    of the unreadable pictures, and says in one line when a worker has died. `len()` is the whole epoch's.
+    of the unreadable pictures, and says in one line when a worker has died. `len()` is the whole epoch's. A batch of
+    which nothing could be read is handed out without a pair: several processes must take the same number of batches.
     """
 
     def __init__(
-        self, pairs: TrainingPairs, order: TrainingOrder, *, padding_id: int, num_workers: int, on_bad_image: str
+        self,
+        pairs: TrainingPairs,
+        order: TrainingOrder,
+        *,
+        padding_id: int,
+        image_size: int,
+        num_workers: int,
+        on_bad_image: str,
     ) -> None:
         self.sampler = order  # the name by which Lightning finds set_epoch
         self._on_bad_image = on_bad_image
@@ -84,7 +92,7 @@ class TrainingLoader:
             pairs,
             num_workers=num_workers,
             batch_sampler=order,
-            collate_fn=PairCollator(padding_id=padding_id),
+            collate_fn=PairCollator(padding_id=padding_id, image_size=image_size),
             persistent_workers=num_workers > 0,
         )
 
@@ -98,7 +106,7 @@ class TrainingLoader:
         epoch = self.sampler.epoch
         for batch, bad in self._loader:
             position += 1
-            self._note_bad(bad, nothing_left=batch is None)
+            self._note_bad(bad)
             if position == len(self):
                 self._report_skipped(epoch)
             self.sampler.set_position(epoch, position)
@@ -108,16 +116,13 @@ class TrainingLoader:
         """End the worker processes; the next iteration starts new ones."""
         self._loader.stop()
 
-    def _note_bad(self, bad: list[BadPicture], *, nothing_left: bool) -> None:
+    def _note_bad(self, bad: list[BadPicture]) -> None:
         if bad and self._on_bad_image == "error":
             self.stop()
             raise UserError(f"{bad[0].reason}; on_bad_image=skip trains without such pictures")
+        if bad and not self.skipped:
+            log.warning("left out: %s; counted at the end of the epoch", bad[0].reason)
         self.skipped.update({picture.path: picture.reason for picture in bad})
-        if nothing_left:
-            self.stop()
-            raise UserError(
-                f"a batch has no readable picture left: {bad[0].reason}; run scripts/check_data.py --decode"
-            )
 
     def _report_skipped(self, epoch: int) -> None:
         if self.skipped:

@@ -30,6 +30,7 @@ from hacan.types import EncodedImages, EncodedTexts, PairBatch
 log = logging.getLogger(__name__)
 
 PLATEAU_STEPS = 100  # as many steps on the plateau are a collapse, not a slow start
+UNREADABLE_BATCHES = 20  # in a row are no accident
 PLATEAU_WIDTH = 0.01  # relative distance from 2 * margin that still counts as the plateau
 
 
@@ -83,6 +84,7 @@ class Training(pl.LightningModule):
         self.validate = validate
         self.describe = describe
         self._plateau_steps = 0
+        self._unreadable_batches = 0
 
     # -- schedule -----------------------------------------------------------------------------------------------------
 
@@ -111,47 +113,68 @@ class Training(pl.LightningModule):
             group["lr"] = self.learning_rate_of(self.current_epoch)
         self.model.freeze_backbones(self.current_epoch < self.freeze_backbone_epochs)
 
-    def on_train_batch_start(self, batch: PairBatch | None, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Seed dropout by (seed, epoch, batch, process), so that a resumed run drops the same units."""
         place = f"{self.seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest()) >> 1)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: PairBatch | None, batch_idx: int) -> Tensor | None:
-        """The total loss of a batch (METHOD 4): triplet on the fine scores + weight * loss on the global embeddings."""
-        if batch is None:  # every picture of the batch was unreadable, and on_bad_image=skip
-            if self.trainer.world_size > 1:
-                raise UserError(
-                    f"epoch {self.current_epoch}, batch {batch_idx}: a process has no readable picture in its part of "
-                    "the batch, and the others would wait for it; find the pictures with scripts/check_data.py --decode"
-                )
-            return None
-        images = self.model.encode_images(batch.images)
-        texts = self.model.encode_texts(batch.token_ids, batch.token_mask)
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """The total loss of a batch (METHOD 4): triplet on the fine scores + weight * loss on the global embeddings.
+
+        A batch without pairs (every picture unreadable, on_bad_image=skip) adds nothing to its step's gradient.
+        """
+        count = len(batch.image_ids)
+        processes = Gatherer.agree(count, self.device) if self.trainer.world_size > 1 else Gatherer((count,))
+        self._watch_unreadable(sum(processes.counts))
+        images, texts = self._encode(batch)
+        together = self.gather_negatives and self.trainer.world_size > 1
+        if not (sum(processes.counts) if together else count):
+            return sum(values[:0].sum() for values in (*images, texts.high, texts.mid, texts.pooled))
         with torch.autocast(self.device.type, enabled=False):
-            total, terms = self.losses(images, texts, batch.image_ids)
+            total, terms = self.losses(images, texts, batch.image_ids, processes=processes if together else None)
         if not math.isfinite(terms["total"]):
             raise UserError(
-                f"the loss is not finite at epoch {self.current_epoch}, batch {batch_idx} "
-                f"({', '.join(f'{name} {value:g}' for name, value in terms.items())}; "
-                f"captions {batch.caption_ids.tolist()}): the last checkpoint is kept; lower learning_rate, "
-                "or use precision=32-true"
+                f"the loss is not finite at epoch {self.current_epoch}, batch {batch_idx}, optimiser step "
+                f"{self.global_step} ({', '.join(f'{name} {value:g}' for name, value in terms.items())}; "
+                f"images {batch.image_ids.tolist()}, captions {batch.caption_ids.tolist()}): the last checkpoint is "
+                "kept; lower learning_rate, or use precision=32-true"
             )
         if self.current_epoch >= self.all_negatives_epochs:
             self._watch_plateau(terms["hinge_per_pair"])
-        self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(batch.image_ids))
-        self.log("train/learning_rate", self.learning_rate_of(self.current_epoch))
-        self.log("loss", terms["total"], prog_bar=True, logger=False)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=max(count, 1))
+        self.log("train/learning_rate", self.learning_rate_of(self.current_epoch), batch_size=max(count, 1))
+        self.log("loss", terms["total"], prog_bar=True, logger=False, batch_size=max(count, 1))
         return total
 
-    def losses(self, images: EncodedImages, texts: EncodedTexts, image_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The total loss (a scalar with gradient) and its terms as numbers."""
-        if self.gather_negatives and self.trainer.world_size > 1:
-            processes = Gatherer.agree(len(image_ids), self.device)
+    def _encode(self, batch: PairBatch) -> tuple[EncodedImages, EncodedTexts]:
+        """The features of a batch; of a batch without pairs those of one blank pair, for its shapes and its graph.
+
+        Among several processes every one must take part in each gather and reach each parameter: the others wait.
+        """
+        if len(batch.image_ids):
+            return self.model.encode_images(batch.images), self.model.encode_texts(batch.token_ids, batch.token_mask)
+        pixels = batch.images.new_zeros(1, *batch.images.shape[1:])
+        token_ids = batch.token_ids.new_zeros(1, 2)
+        self.model.eval()  # no running statistic of a normalisation may see the blank picture
+        blank = self.model.encode_images(pixels), self.model.encode_texts(token_ids, torch.ones_like(token_ids).bool())
+        self.model.train()
+        return blank
+
+    def losses(
+        self, images: EncodedImages, texts: EncodedTexts, image_ids: Tensor, *, processes: Gatherer | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The total loss (a scalar with gradient) and its terms as numbers; over the pairs of all `processes`.
+
+        The first rows of `images` and `texts` are the pairs of `image_ids`; a blank one after them does not count.
+        """
+        count = len(image_ids)
+        texts = EncodedTexts(*(values[:count] for values in texts))
+        if processes is not None:
             texts = processes.texts(texts)
-            scores = processes.rows(self.model.score(images, texts))
-            pooled = processes.rows(images.pooled)
+            scores = processes.rows(self.model.score(images, texts)[:count])
+            pooled = processes.rows(images.pooled[:count])
             image_ids = processes.rows(image_ids)
         else:
             scores, pooled = self.model.score(images, texts), images.pooled
@@ -182,6 +205,15 @@ class Training(pl.LightningModule):
             "active_hinges": share_of_active_hinges(scores.detach(), negatives, margin=self.margin).item(),
         }
         return total, terms
+
+    def _watch_unreadable(self, pairs: int) -> None:
+        """Stop, in every process at once, where batch after batch is unreadable: a disk has gone, not a picture."""
+        self._unreadable_batches = 0 if pairs else self._unreadable_batches + 1
+        if self._unreadable_batches == UNREADABLE_BATCHES:
+            raise UserError(
+                f"{UNREADABLE_BATCHES} batches in a row without a readable picture: is the disk of data_root still "
+                "there? The last checkpoint is kept; go on with resume_from=last"
+            )
 
     def _watch_plateau(self, hinge_per_pair: float) -> None:
         """Warn once when the triplet loss stays at 2 * margin a pair: all scores equal, the known collapse."""

@@ -131,9 +131,15 @@ def item(number, width):
 
 def test_a_batch_leaves_bad_pictures_out_and_reports_them():
     bad = BadPicture("x.jpg", "picture x.jpg cannot be decoded")
-    batch, found = PairCollator(padding_id=0)([item(1, 2), bad, item(2, 4), item(3, 3)])
+    batch, found = PairCollator(padding_id=0, image_size=7)([item(1, 2), bad, item(2, 4), item(3, 3)])
     assert found == [bad]
     assert batch.image_ids.tolist() == [10, 20, 30] and batch.caption_ids.tolist() == [1, 2, 3]
     assert batch.token_mask.sum(dim=1).tolist() == [2, 4, 3] and batch.token_ids.shape == (3, 4)
     torch.testing.assert_close(batch.images[1], normalise(item(2, 4).image[None])[0])
-    assert PairCollator(padding_id=0)([bad, bad]) == (None, [bad, bad])
+
+
+def test_a_batch_of_bad_pictures_alone_has_no_pair_but_its_shapes():
+    bad = BadPicture("x.jpg", "picture x.jpg cannot be decoded")
+    batch, found = PairCollator(padding_id=0, image_size=7)([bad, bad])
+    assert found == [bad, bad] and batch.images.shape == (0, 3, 7, 7) and batch.images.dtype == torch.float32
+    assert [len(values) for values in batch] == [0] * 5 and batch.token_mask.dtype == torch.bool

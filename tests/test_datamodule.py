@@ -292,11 +292,17 @@ def test_skipped_pictures_are_left_out_counted_and_reported(spoilt, records, num
     assert sum(len(batch.images) for batch in found) == 22 - 9
     assert sorted(os.path.basename(path) for path in data.skipped) == ["damaged.png", "gone.png"]
     assert "2 unreadable picture(s) left out" in caplog.text and "epoch 0" in caplog.text
+    assert caplog.text.count("counted at the end of the epoch") == 1  # the first one is said at once
 
 
-def test_a_batch_without_any_readable_picture_is_an_error(spoilt):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_without_any_readable_picture_keeps_its_place(spoilt, num_workers):
+    """Several processes take the same number of batches each, whoever has the bad pictures."""
     only = [record for record in spoilt if record.image_id in (1002, 1005)]
-    assert "no readable picture left" in error_of(list, module(only, on_bad_image="skip").train_dataloader())
+    loader = module(only, on_bad_image="skip", num_workers=num_workers).train_dataloader()
+    batches = list(loader)
+    assert len(batches) == len(loader) == 4
+    assert all(batch.images.shape == (0, 3, 16, 16) and len(batch.image_ids) == 0 for batch in batches)
 
 
 def test_evaluation_needs_every_picture(records, tmp_path):

@@ -142,12 +142,48 @@ def test_training_lowers_the_loss(make_training, batch, tmp_path):
     assert losses_in(training, 0, batch)[3]["total"] < 0.7 * before
 
 
-def test_a_loss_that_is_not_finite_names_the_captions(make_training, batch, tmp_path):
+def test_a_loss_that_is_not_finite_names_step_ids_and_terms(make_training, batch, tmp_path):
     training = make_training()
     with torch.no_grad():
         training.model.project_image_high.weight.fill_(float("inf"))
-    with pytest.raises(UserError, match=r"not finite at epoch 0, batch 0 .*captions \[10, 11, 12, 13, 14\]"):
+    with pytest.raises(UserError, match=r"not finite at epoch 0, batch 0, optimiser step 0 ") as error:
         fit(training, batch, tmp_path, epochs=1)
+    for part in ("total nan", "triplet nan", "global_GCD ", "images [0, 1, 2, 3, 3]", "captions [10, 11, 12, 13, 14]"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def none_of(batch):
+    return PairBatch(*(values[:0] for values in batch))
+
+
+@pytest.mark.parametrize("encoder", ["convnext_atto", "tf_efficientnet_lite0"])
+def test_a_batch_without_a_readable_picture_adds_nothing(make_training, batch, encoder):
+    updates = {} if encoder == "convnext_atto" else {"image_encoder": encoder, "image_encoder_args": {}}
+    training = make_training(**updates)
+    training.model.train()
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    training._trainer = FakeTrainer(0)
+    loss = training.training_step(none_of(batch), 0)
+    loss.backward()
+    assert loss.item() == 0 and training.model.training
+    reached = {name for name, value in training.model.named_parameters() if value.grad is not None}
+    assert not any(value.grad.any() for value in training.model.parameters() if value.grad is not None)
+    assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
+    losses_in(training, 0, batch)[2].backward()  # DDP waits for as many parameters as a batch of pairs reaches
+    assert {name for name, value in training.model.named_parameters() if value.grad is not None} <= reached
+
+
+def test_batch_after_batch_without_a_readable_picture_is_no_accident(make_training, batch):
+    training = make_training()
+    training._trainer = FakeTrainer(0)
+    for _ in range(19):
+        training._watch_unreadable(0)
+    training._watch_unreadable(1)
+    for number in range(19):
+        training.training_step(none_of(batch), number)
+    with pytest.raises(UserError, match=r"20 batches in a row without a readable picture.*resume_from=last"):
+        training.training_step(none_of(batch), 19)
 
 
 def test_a_collapse_is_said_once(make_training, caplog):
