@@ -87,8 +87,10 @@ def config() -> None:
     fold5 = False
     score_memory = 256
     feature_memory = 8192
+    feature_disk = 16384
     bootstrap = 1000
     curve = False
+    judged_matches = "auto"
 
 
 @ex.named_config

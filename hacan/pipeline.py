@@ -35,7 +35,9 @@ from hacan.model import HACAN
 from hacan.pretrained import Pretrained
 from hacan.report.page import write_report
 from hacan.retrieval.evaluate import Evaluation, Processes, Protocol, Split, evaluate
+from hacan.retrieval.extended import check_judged, coco_ids, find_annotations
 from hacan.retrieval.features import hash_of_files
+from hacan.retrieval.identity import form_of, settings_of
 from hacan.retrieval.members import Member, member_of
 from hacan.retrieval.table import format_table
 from hacan.settings import ModelSettings, Settings
@@ -46,7 +48,8 @@ log = logging.getLogger(__name__)
 # Settings that an interrupted run may change on its way, and those that say where in an epoch a batch lies.
 MAY_CHANGE = ("exp_name", "log_dir", "save_path", "checkpoint", "trust_checkpoint", "resume_from", "test_only")
 MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
-MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "bootstrap", "curve")
+MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "feature_disk", "bootstrap", "curve")
+MAY_CHANGE += ("judged_matches",)
 BATCHES = ("datasets", "use_restval", "batch_size", "per_gpu_batchsize", "num_gpus", "num_nodes", "image_size")
 
 FOLLOWED = ("image_size", "max_text_len")  # data settings that belong to the model, and travel in its checkpoint
@@ -225,12 +228,14 @@ def test(
     members = [_member(model, settings, name=name, device=device) for model, name in zip(models, names, strict=True)]
     processes = processes_here()
     split = split_of(data, settings, settings.data.eval_split, hashed=True)
+    split = split._replace(coco_ids=judged_ids(settings, data))
     evaluation = evaluate(
         members,
         split,
         protocol_of(settings),
         feature_memory=settings.eval.feature_memory,
         folder=home / "features",
+        feature_disk=settings.eval.feature_disk,
         bootstrap=settings.eval.bootstrap,
         seed=settings.run.seed,
         curve=settings.eval.curve or (settings.run.report and len(split.ids) * len(split.captions) <= CHEAP_PAIRS),
@@ -264,7 +269,7 @@ def _pretrained(
         model=model,
         tokenizer=tokenizer,
         image_size=settings.data.image_size,
-        centre_crop=settings.data.datasets != "scenes",
+        centre_crop=_centre_crop(settings),
         max_text_len=settings.data.max_text_len,
         device=device,
     )
@@ -278,6 +283,7 @@ def protocol_of(settings: Settings) -> Protocol:
 def split_of(data: Any, settings: Settings, name: str, *, hashed: bool) -> Split:
     """A split of the data module as the evaluator takes it; `hashed`: with the hash of its pictures' contents."""
     part = data.eval_split(name)
+    framing = f"{settings.data.image_size} {_centre_crop(settings)}"
     return Split(
         dataset=settings.data.datasets,
         name=name,
@@ -287,8 +293,34 @@ def split_of(data: Any, settings: Settings, name: str, *, hashed: bool) -> Split
         image_batches=partial(data.eval_images, name),
         text_batches=partial(data.eval_texts, name),
         batch_size=settings.data.per_gpu_batchsize,
-        images_hash=f"{hash_of_files(part.paths)} {settings.data.image_size}" if hashed else "",
+        images_hash=f"{hash_of_files(part.paths)} {framing}" if hashed else "",
     )
+
+
+def judged_ids(settings: Settings, data: Any) -> tuple[list[int], list[int]] | None:
+    """COCO's ids of the test split's images and captions, for ECCV Caption and CxC; None where they do not apply.
+
+    `judged_matches=auto` says why they are left out, and goes on; a path that is given has to fit.
+    """
+    wanted = settings.eval.judged_matches
+    whole_test = (settings.data.datasets, settings.data.eval_split, settings.eval.fold5) == ("coco", "test", False)
+    if wanted == "off" or (wanted == "auto" and not whole_test):
+        return None
+    try:
+        if not whole_test:
+            raise UserError("these judge COCO's whole test split: datasets=coco eval_split=test fold5=False")
+        path = find_annotations(Path(settings.data.data_root).expanduser()) if wanted == "auto" else Path(wanted)
+        if path is None:
+            raise UserError("there is no annotations/captions_val2014.json under data_root (its path will do as well)")
+        part = data.eval_split("test")
+        ids = coco_ids(part.paths, part.captions, part.image_of_text, path)
+        check_judged(*ids)
+        return ids
+    except UserError as error:
+        if wanted != "auto":
+            raise UserError(f"judged_matches={wanted}: {error}") from error
+        log.warning("ECCV Caption and CxC are left out: %s", error)
+        return None
 
 
 def processes_here() -> Processes:
@@ -321,4 +353,10 @@ def _member(model: HACAN, settings: Settings, *, name: str, device: torch.device
         direction=model.alignment.direction,
         device=device,
         precision=precision_here(settings.train, on_gpu=device.type == "cuda"),
+        form=form_of(model),
+        settings=settings_of(model) | {key: getattr(settings.data, key) for key in FOLLOWED},
     )
+
+
+def _centre_crop(settings: Settings) -> bool:
+    return settings.data.datasets != "scenes"

@@ -121,8 +121,15 @@ class EvalSettings:
     fold5: bool = _key("COCO 1K: the mean over five folds of the test split, each ranked on its own")
     score_memory: int = _key("working set of fine scoring, in MiB", low=1)
     feature_memory: int = _key("features of a split kept in memory, in MiB; larger ones are memory-mapped", low=1)
+    feature_disk: int = _key(
+        "MiB of encoded features kept on disk for later evaluations; those of the present one are kept in any case",
+        low=0,
+    )
     bootstrap: int = _key("resamples behind the 95% intervals; 0: no intervals", low=0)
     curve: bool = _key("also write recalls, time and memory over K")
+    judged_matches: str = _key(
+        "COCO test: ECCV Caption and CxC; path of captions_val2014.json, auto: data_root's where it is, off"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ from torch import Tensor
 from hacan.pixels import read_picture
 from hacan.pretrained import Pretrained
 from hacan.report.gallery import Item, Query, build_gallery
-from hacan.report.pictures import data_uri, thumbnail
+from hacan.report.pictures import data_uri, shrunk
 from hacan.report.tables import (
     DIRECTIONS,
     audit_tables,
     curve_charts,
     headline,
+    judged_table,
     receipt_list,
     results_tables,
     stages_table,
@@ -69,7 +70,7 @@ def write_report(
             pretrained, pairs, paths=paths, captions=captions, image_of_text=image_of_text.tolist(), progress=progress
         )
     sections = [
-        _section("results", "Results", headline(evaluation) + results_tables(evaluation) + _notes(evaluation)),
+        _section("results", "Results", _results(evaluation)),
         _section("audit", "Audit, not a result", _audit(evaluation), style="audit"),
         _training(path.parent, members),
         _curve(evaluation),
@@ -122,6 +123,10 @@ def _section(name: str, title: str, body: str, *, style: str = "", folded: bool 
     if folded:
         body = f"<details><summary>show</summary>{body}</details>"
     return f'<section id="{name}" class="{style}"><h2>{title}</h2>{body}</section>'
+
+
+def _results(evaluation: Evaluation) -> str:
+    return headline(evaluation) + results_tables(evaluation) + judged_table(evaluation) + _notes(evaluation)
 
 
 def _notes(evaluation: Evaluation) -> str:
@@ -235,6 +240,6 @@ class _Cards:
 
     def _picture(self, image: int) -> str:
         if image not in self._thumbnails:
-            self._thumbnails[image] = data_uri(thumbnail(read_picture(self._paths[image]), longest=THUMBNAIL))
+            self._thumbnails[image] = data_uri(shrunk(read_picture(self._paths[image]), THUMBNAIL))
         name = html.escape(Path(self._paths[image]).name)
         return f'<img src="{self._thumbnails[image]}" alt="{name}" title="{name}" loading="lazy">'

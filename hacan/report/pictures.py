@@ -1,4 +1,4 @@
-"""Pictures inside an HTML file: small JPEGs as data URIs."""
+"""Pictures inside an HTML file: small JPEGs, as bytes or as data URIs."""
 
 import base64
 
@@ -8,7 +8,7 @@ import numpy as np
 QUALITY = 78  # of thumbnails
 
 
-def thumbnail(picture: np.ndarray, *, longest: int) -> np.ndarray:
+def shrunk(picture: np.ndarray, longest: int) -> np.ndarray:
     """[H, W, 3] uint8 -> the same picture, its long side `longest` pixels at most."""
     scale = longest / max(picture.shape[:2])
     if scale >= 1:
@@ -17,9 +17,14 @@ def thumbnail(picture: np.ndarray, *, longest: int) -> np.ndarray:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
 
 
+def jpeg(picture: np.ndarray, *, quality: int = QUALITY) -> bytes:
+    """[H, W, 3] uint8 RGB -> the content of a JPEG file."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"picture is {picture.dtype} of shape {picture.shape}, expected uint8 [H, W, 3]")
+    _, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return content.tobytes()
+
+
 def data_uri(picture: np.ndarray, *, quality: int = QUALITY) -> str:
-    """[H, W, 3] uint8 RGB -> data:image/jpeg;base64,..."""
-    done, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not done:
-        raise ValueError(f"a picture of shape {picture.shape} and {picture.dtype} could not be encoded as JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()
+    """[H, W, 3] uint8 RGB -> data:image/jpeg;base64,..., the source of an img element."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(picture, quality=quality)).decode()

@@ -8,6 +8,7 @@ from typing import Any
 from hacan.report.charts import Line, line_chart
 from hacan.retrieval.curve import COLUMNS, Curve
 from hacan.retrieval.evaluate import Evaluation
+from hacan.retrieval.extended import TITLES
 from hacan.retrieval.metrics import RECALLS
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
@@ -65,6 +66,18 @@ def audit_tables(evaluation: Evaluation) -> str:
     return _by_direction(row, ["honest", "release's rule", "it would add"], ranks=False)
 
 
+def judged_table(evaluation: Evaluation) -> str:
+    """ECCV Caption and CxC; nothing where they were not measured."""
+    if evaluation.extended is None:
+        return ""
+    rows = []
+    for key, name in TITLES.items():
+        cells = "".join(f"<td>{number(evaluation.extended[key][direction])}</td>" for direction in DIRECTIONS)
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    title = "judged matches of ECCV Caption and CxC, hierarchical, %"
+    return f'<div class="tables">{_table(title, list(DIRECTIONS.values()), rows)}</div>'
+
+
 def _by_direction(row: Any, heads: list[str], *, ranks: bool = True) -> str:
     tables = []
     for direction, name in DIRECTIONS.items():
@@ -104,7 +117,7 @@ def receipt_list(receipt: dict[str, Any]) -> str:
 
 
 def curve_charts(curve: Curve) -> list[str]:
-    """Rsum, the ceilings and the seconds over K."""
+    """Rsum, the ceilings, the seconds and the memory over K."""
     k = list(range(1, len(curve.values) + 1))
     chosen = curve.suggested_k
     full = float(curve.rsum[-1])
@@ -139,6 +152,13 @@ def curve_charts(curve: Curve) -> list[str]:
                 Line("all pairs, fine", ends, [curve.full_seconds] * 2, 1, dashed=True),
             ],
             y_label="seconds",
+            from_zero=True,
+            **axis,
+        ),
+        line_chart(
+            "Peak memory of the process",
+            [Line("hierarchical, measured", list(curve.host_peak_mib), list(curve.host_peak_mib.values()))],
+            y_label="MiB",
             from_zero=True,
             **axis,
         ),

@@ -70,7 +70,9 @@ def compare_results(
         f"{receipt['dataset']} {receipt['split']}, {receipt['protocol']}: {receipt['queries_i2t']:,} image and "
         f"{receipt['queries_t2i']:,} text queries"
     )
-    lines += [f"they differ in {field}: {_short(one, field)} | {_short(other, field)}" for field in differing]
+    lines += [
+        f"they differ in {field}: {_short(one, other, field)} | {_short(other, one, field)}" for field in differing
+    ]
     if not differing:
         lines.append("the receipts agree in everything: the same models, measured twice")
     for stage in STAGES:
@@ -90,7 +92,14 @@ def compare_results(
     return "\n".join(lines)
 
 
-def _short(result: SavedResult, field: str) -> str:
-    if field == "members":
-        return ", ".join(f"{member['checkpoint']} ({member['hash'][:8]})" for member in result.receipt["members"])
-    return str(result.receipt.get(field))
+def _short(result: SavedResult, other: SavedResult, field: str) -> str:
+    """The field's value; of members their files and hashes, and of their settings those that the other has not."""
+    if field != "members":
+        return str(result.receipt.get(field))
+    elsewhere = [setting for member in other.receipt["members"] for setting in member.items()]
+    parts = []
+    for member in result.receipt["members"]:
+        facts = [f"{key}={value}" for key, value in member.items() if (key, value) not in elsewhere]
+        facts = [fact for fact in facts if not fact.startswith(("checkpoint=", "hash="))]
+        parts.append(f"{member['checkpoint']} ({', '.join([member['hash'][:8], *facts])})")
+    return ", ".join(parts)

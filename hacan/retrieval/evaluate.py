@@ -4,12 +4,14 @@ It takes models as callables (`Member`) and a split as iterators (`Split`); METH
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from hacan.retrieval.banks import prune_banks
 from hacan.retrieval.curve import mean_curve, trade_off
 from hacan.retrieval.extended import extended_metrics
 from hacan.retrieval.features import encode_gallery, select_images
@@ -21,6 +23,16 @@ from hacan.retrieval.store import SpooledScores
 from hacan.types import Gallery, RetrievalResult
 
 __all__ = ["Evaluation", "Processes", "Protocol", "Split", "evaluate"]
+
+PACKAGE = Path(__file__).parents[1]
+FEATURE_SOURCES = (  # beside the encoders: how pictures are read and framed, and what becomes of the encoders' output
+    "pictures.py",
+    "pixels.py",
+    "aggregator.py",
+    "model.py",
+    "retrieval/features.py",
+    "retrieval/store.py",
+)
 
 
 class Processes(NamedTuple):
@@ -39,6 +51,7 @@ def evaluate(
     *,
     feature_memory: int,
     folder: Path | None = None,
+    feature_disk: int | None = None,
     bootstrap: int = 0,
     seed: int = 0,
     curve: bool = False,
@@ -48,16 +61,19 @@ def evaluate(
     """Encode the split with every member, rank it coarse to fine in both directions, and count honestly.
 
     folder: where features are kept, for an evaluation that is interrupted; None: nowhere. feature_memory: MiB of
-    features held in memory, all members together. bootstrap: resamples behind the 95% intervals, 0 for none.
+    features held in memory, all members together; feature_disk: MiB of features kept in `folder`, those of this
+    evaluation in any case; None: all that ever were. bootstrap: resamples behind the 95% intervals, 0 for none.
     curve: also score all pairs, for the trade-off over K (with several processes each of them does).
     """
     if not members:
         raise ValueError("members is empty; pass at least one model")
     processes = processes or Processes()
-    meter = StageMeter(members[0].device)
+    meter, began = StageMeter(members[0].device), time.time()
     galleries = encode_members(
         members, split, meter, feature_memory=feature_memory, folder=folder, processes=processes, progress=progress
     )
+    if folder is not None and feature_disk is not None and processes.rank == 0:
+        prune_banks(folder, budget=feature_disk, began=began)
     results, all_coarse, curves = [], [], []
     for rows in folds_of(len(split.ids), split.image_of_text, protocol):
         gallery_parts = [select_images(gallery, rows) for gallery in galleries]
@@ -122,6 +138,7 @@ def encode_members(
                 folder=folder,
                 key={
                     "checkpoint": member.checkpoint_hash,
+                    "form": member.form,
                     "images": split.images_hash,
                     "precision": member.precision,
                     "device": member.device.type,
@@ -170,11 +187,9 @@ def rank_gallery(
         return retriever.rank(lists, pairs, fine), coarse
 
 
-def code_hash() -> str:
-    """Hash of this package's sources that make features: a kept bank of older code is not believed."""
-    package = Path(__file__).parents[1]
-    sources = [*sorted((package / "encoders").glob("*.py")), package / "aggregator.py", package / "model.py"]
+def code_hash(package: Path = PACKAGE) -> str:
+    """Hash of the sources that make features of pictures and tokens: a kept bank of older code is not believed."""
     digest = hashlib.blake2b()
-    for source in [*sources, package / "retrieval" / "features.py", package / "retrieval" / "store.py"]:
+    for source in [*sorted((package / "encoders").glob("*.py")), *(package / name for name in FEATURE_SOURCES)]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]

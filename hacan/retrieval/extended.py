@@ -17,8 +17,17 @@ from torch import Tensor
 from hacan.errors import UserError
 from hacan.types import RetrievalResult
 
+ANNOTATIONS = "captions_val2014.json"
 SETS = ("eccv", "cxc")
 DIRECTIONS = ("i2t", "t2i")
+TITLES = {
+    "eccv_map_at_r": "ECCV Caption mAP@R",
+    "eccv_rprecision": "ECCV Caption R-Precision",
+    "eccv_r1": "ECCV Caption R@1",
+    "cxc_r1": "CxC R@1",
+    "cxc_r5": "CxC R@5",
+    "cxc_r10": "CxC R@10",
+}
 _FILES = {"i2t": "{}_image_to_caption.json", "t2i": "{}_caption_to_image.json"}
 
 Matches = dict[int, frozenset[int]]  # query id -> ids of the items that match it
@@ -69,6 +78,7 @@ def extended_metrics(
     result: ranks of the whole test split; image_ids [N] and caption_ids [M] are COCO's. Every judged query
     must be there.
     """
+    check_judged(image_ids, caption_ids)
     images, captions = list(map(int, image_ids)), list(map(int, caption_ids))
     rankings = {
         "i2t": _rankings(result.top_i2t, images, captions),
@@ -77,15 +87,28 @@ def extended_metrics(
     metrics: dict[str, dict[str, float]] = {}
     for name in SETS:
         for direction, matches in load_matches(name).items():
-            absent = [query for query in matches if query not in rankings[direction]]
+            for metric, value in _of_set(name, rankings[direction], matches).items():
+                metrics.setdefault(f"{name}_{metric}", {})[direction] = value
+    return metrics
+
+
+def check_judged(image_ids: Sequence[int], caption_ids: Sequence[int]) -> None:
+    """UserError where a judged query is not among the images [N] and captions [M] of a split, COCO's ids."""
+    queries = {"i2t": set(map(int, image_ids)), "t2i": set(map(int, caption_ids))}
+    for name in SETS:
+        for direction, matches in load_matches(name).items():
+            absent = [query for query in matches if query not in queries[direction]]
             if absent:
                 raise UserError(
                     f"{name} judges {len(matches)} queries {direction}, and {len(absent)} of them are not in this "
                     f"split (COCO id {absent[0]} is one): give all 5,000 images and 25,000 captions of COCO's test"
                 )
-            for metric, value in _of_set(name, rankings[direction], matches).items():
-                metrics.setdefault(f"{name}_{metric}", {})[direction] = value
-    return metrics
+
+
+def find_annotations(data_root: Path) -> Path | None:
+    """COCO's captions_val2014.json in the places where a data set under `data_root` has it; None where it has not."""
+    folders = [data_root / "coco" / "annotations", data_root / "annotations", data_root / "coco"]
+    return next((folder / ANNOTATIONS for folder in folders if (folder / ANNOTATIONS).is_file()), None)
 
 
 def coco_ids(

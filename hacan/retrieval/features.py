@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hacan.errors import UserError
+from hacan.retrieval.banks import mark_used
 from hacan.retrieval.store import MIB, ArraySpec, RowStore, write_atomically
 from hacan.types import EncodedImages, EncodedTexts, Gallery, PackedTexts
 
@@ -74,6 +75,8 @@ def encode_gallery(
     for dtype in (torch.float16, torch.float32):
         made_by = {**(key or {}), "tokens": plan.tokens_hash, "dtype": str(dtype), "format": FORMAT}
         home = None if folder is None else folder / content_hash(made_by)[:24]
+        if home is not None:
+            mark_used(home)
         try:
             return _Encoding(
                 plan,

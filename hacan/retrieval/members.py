@@ -1,8 +1,9 @@
 """What the evaluator asks of a model, as callables: it never reaches into one. Several members are an ensemble."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,20 @@ class Member(NamedTuple):
     encode_texts: Callable[[Tensor, Tensor], EncodedTexts]  # token ids, mask [B, W]
     score: Callable[[EncodedImages, PackedTexts, tuple[str, ...]], Tensor]  # all pairs, summed streams: [n, M]
     score_pairs: Callable[[EncodedImages, PackedTexts, Tensor, tuple[str, ...]], Tensor]  # pairs [P, 2] -> [P]
+    form: str = ""  # hash of what the encoders are beside their weights: layers, levels, activations
+    settings: Mapping[str, Any] = MappingProxyType({})  # plain values that say what the model is, for the receipt
 
 
 def member_of(
-    model: nn.Module, *, name: str, alignment: str, direction: str, device: torch.device, precision: str = "32-true"
+    model: nn.Module,
+    *,
+    name: str,
+    alignment: str,
+    direction: str,
+    device: torch.device,
+    precision: str = "32-true",
+    form: str = "",
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Member:
     """A HACAN as a member. It is put into evaluation mode and onto `device`.
 
@@ -75,6 +86,8 @@ def member_of(
         encode_texts=encode_texts,
         score=score,
         score_pairs=score_pairs,
+        form=form,
+        settings=settings,
     )
 
 

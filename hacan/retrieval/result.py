@@ -145,6 +145,7 @@ def summarise(
                 "hash": member.checkpoint_hash,
                 "alignment": member.alignment,
                 "direction": member.direction,
+                **member.settings,
             }
             for member in members
         ],

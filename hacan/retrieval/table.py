@@ -3,6 +3,7 @@
 import math
 
 from hacan.retrieval.evaluate import Evaluation
+from hacan.retrieval.extended import TITLES
 from hacan.retrieval.metrics import RECALLS
 from hacan.types import RetrievalMetrics
 
@@ -58,12 +59,9 @@ def _ranks(name: str, metrics: RetrievalMetrics) -> str:
 
 def _extended(metrics: dict[str, dict[str, float]]) -> list[str]:
     """ECCV Caption and CxC, hierarchical."""
-    titles = {"eccv_map_at_r": "mAP@R", "eccv_rprecision": "R-Precision", "eccv_r1": "R@1"}
-    titles |= {f"cxc_r{k}": f"R@{k}" for k in RECALLS}
-    lines = [f"{'judged matches':{NAME}}{'image to text':>14}{'text to image':>16}"]
-    for name, title in titles.items():
-        label = f"{'ECCV Caption' if name.startswith('eccv') else 'CxC'} {title}"
-        lines.append(f"{label:{NAME + 4}}{metrics[name]['i2t']:>10.1f}{metrics[name]['t2i']:>16.1f}")
+    lines = [f"{'judged matches, %':{NAME + 4}}{'image to text':>14}{'text to image':>16}"]
+    for name, title in TITLES.items():
+        lines.append(f"{title:{NAME + 4}}{metrics[name]['i2t']:>14.1f}{metrics[name]['t2i']:>16.1f}")
     return [*lines, ""]
 
 
