@@ -76,8 +76,9 @@ def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
         from datamodules.tokens import load_tokenizer  # torch and its kin are imported only now
         from hacan import pipeline
         from hacan.checkpoints import open_checkpoint
+        from hacan.opening import open_models
 
-        models, tokenizer, settings = pipeline.open_models(settings, load_tokenizer)
+        models, tokenizer, settings = open_models(settings, load_tokenizer)
         data = build_data(settings, tokenizer)
         names = list(settings.run.checkpoint)
         if not settings.run.test_only:

@@ -4,13 +4,15 @@ Ours is a Lightning checkpoint whose key `hacan` describes the model (settings, 
 be rebuilt without the run's config, without the hub and without the files that the backbones came from.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hacan.build import build_model, model_settings
 from hacan.errors import UserError
-from hacan.foreign import bert_sizes, is_release, name_of_release, release_settings
+from hacan.foreign import RELEASE_DEFAULTS, bert_sizes, is_release, name_of_release, release_settings
 from hacan.model import HACAN
 from hacan.settings import ModelSettings, Settings
+from hacan.text_backbone import Vocabulary, config_of_state
 from hacan.weights import BrokenFileError, load_exactly, read_file, tensors_of
 
 log = logging.getLogger(__name__)
@@ -56,12 +59,14 @@ def open_checkpoint(
     settings: ModelSettings | None = None,
     image_size: int = 224,
     score_memory: int = 256,
+    load_tokenizer: Callable[[], Vocabulary] | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of any accepted kind, recognised by its keys; the model comes in evaluation mode.
 
     - ours, or a folder that `scripts/export.py` wrote: the model is rebuilt from its own description;
     - the public release's: sizes come from its tensors, alignment, direction and activation from `settings`;
-    - a plain state dict or safetensors file in our names: the architecture comes from `settings`.
+    - a plain state dict or safetensors file in our names: the architecture comes from `settings`, and of a text encoder
+      that began at random the number of its padding from the tokenizer that `load_tokenizer` gives.
 
     What was mapped and ignored is returned and logged; a missing tensor or one of another shape is a UserError.
     """
@@ -77,17 +82,24 @@ def open_checkpoint(
         kind = "release"
         names = {key: name_of_release(name) for key, name in names.items()}
         state = {name: tensors[key] for key, name in names.items() if name}
-        settings = release_settings(state, given=settings, written=_config_inside(content))
-        model = _of_sizes(state, settings, source=path, image_size=image_size, score_memory=score_memory)
+        written = _config_inside(content)
+        settings = release_settings(state, given=settings, written=written)
+        _warn_of_other_ways(settings, written, source=path)
+        text = {**bert_sizes(_text_tensors(state), source=path), **settings.text_encoder_args}
     elif all(any(key.startswith(module) for key in state) for module in ("image_encoder.", "text_encoder.")):
         if settings is None:
             raise UserError(
                 f"{path} holds weights in our names, but not the settings that they belong to: give the config of its "
                 "training, or a checkpoint (.ckpt) that a training wrote"
             )
-        kind, model = "plain", _of_sizes(state, settings, source=path, image_size=image_size, score_memory=score_memory)
+        kind, tokenizer = "plain", load_tokenizer() if load_tokenizer is not None else None
+        text = config_of_state(settings, _text_tensors(state), source=path, tokenizer=tokenizer)
     else:
         raise UserError(_unknown(path, state))
+    if kind != "hacan":
+        model = build_model(
+            settings, image_size=image_size, score_memory=score_memory, load_weights=False, text_config=text
+        )
     load_exactly(model, state, source=path)
     own = model.state_dict()
     found = Checkpoint(
@@ -99,10 +111,11 @@ def open_checkpoint(
         ignored=[key for key, name in names.items() if name not in own],
     )
     log.info(
-        "%s: %s checkpoint; %d tensors mapped, none missing, %d ignored%s",
+        "%s: %s checkpoint; %d tensors mapped%s, none missing, %d ignored%s",
         path,
         kind,
         len(found.mapped),
+        _renamed(found.mapped),
         len(found.ignored),
         f" ({', '.join(found.ignored)})" if found.ignored else "",
     )
@@ -225,19 +238,21 @@ def _our_name(key: str) -> str:
     return name if name.startswith(OUR_MODULES) else key
 
 
-def _of_sizes(
-    state: Mapping[str, Tensor], settings: ModelSettings, *, source: str | Path, image_size: int, score_memory: int
-) -> HACAN:
-    """A model of these settings whose BERT has the sizes of the tensors."""
+def _text_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the text backbone, as it names them itself."""
     prefix = "text_encoder.backbone."
-    bert = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return build_model(
-        settings,
-        image_size=image_size,
-        score_memory=score_memory,
-        load_weights=False,
-        text_config={**bert_sizes(bert, source=source), **settings.text_encoder_args},
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _renamed(mapped: Mapping[str, str]) -> str:
+    """Which module's tensors went to which of ours, and how many; nothing where they keep their names."""
+    counts = Counter(
+        (theirs.split(".")[0], ours.split(".")[0])
+        for theirs, ours in mapped.items()
+        if theirs not in (ours, f"model.{ours}")
     )
+    groups = ", ".join(f"{theirs}.* -> {ours}.* {count}" for (theirs, ours), count in counts.items())
+    return f" ({groups})" if groups else ""
 
 
 def _config_inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -245,6 +260,18 @@ def _config_inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
     kept = content.get("hyper_parameters")
     kept = kept.get("config", kept) if isinstance(kept, Mapping) else None
     return kept if isinstance(kept, Mapping) else {}
+
+
+def _warn_of_other_ways(settings: ModelSettings, written: Mapping[str, Any], *, source: str | Path) -> None:
+    """Say where this run scores otherwise than the release's own config has it: the config of this run decides."""
+    now = dataclasses.asdict(settings)
+    others = [
+        f"{key}={written[key]!r}, here {now[key]!r}"
+        for key in RELEASE_DEFAULTS
+        if written.get(key, now[key]) != now[key]
+    ]
+    if others:
+        log.warning("%s was written with %s: the config of this run holds", source, "; ".join(others))
 
 
 def _unknown(path: str | Path, state: Mapping[str, Tensor]) -> str:

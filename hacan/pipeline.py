@@ -3,12 +3,9 @@
 The data module and the tokenizer loader come as arguments: this package does not know where pictures come from.
 """
 
-import dataclasses
-import json
 import logging
 import shutil
 import signal
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,95 +17,27 @@ from pytorch_lightning.strategies.launchers.subprocess_script import _Subprocess
 from transformers import PreTrainedTokenizerBase
 
 from hacan.alignment import HybridAlignment, RevisedAlignment
-from hacan.build import build_model
 from hacan.callbacks import BEST, LAST, KeepCheckpoints
-from hacan.checkpoints import (
-    DESCRIPTION,
-    Checkpoint,
-    describe_model,
-    open_checkpoint,
-    read_checkpoint,
-    tokenizer_from_description,
-)
+from hacan.checkpoints import DESCRIPTION, describe_model, read_checkpoint
 from hacan.errors import UserError
 from hacan.model import HACAN
+from hacan.opening import FOLLOWED
 from hacan.pretrained import Pretrained
 from hacan.report.page import write_report
+from hacan.resuming import check_resumed, resumed_checkpoint
 from hacan.retrieval.evaluate import Evaluation, Processes, Protocol, Split, evaluate
 from hacan.retrieval.extended import check_judged, coco_ids, find_annotations
 from hacan.retrieval.features import hash_of_files
 from hacan.retrieval.identity import form_of, settings_of
 from hacan.retrieval.members import Member, member_of
 from hacan.retrieval.table import format_table
-from hacan.settings import ModelSettings, Settings
-from hacan.trainer import build_trainer, build_training, launch_processes, precision_here
+from hacan.settings import Settings
+from hacan.trainer import build_trainer, build_training, launch_processes, only_deterministic_kernels, precision_here
 
 log = logging.getLogger(__name__)
 
-# Settings that an interrupted run may change on its way, and those that say where in an epoch a batch lies.
-MAY_CHANGE = ("exp_name", "log_dir", "save_path", "checkpoint", "trust_checkpoint", "resume_from", "test_only")
-MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
-MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "feature_disk", "bootstrap", "curve")
-MAY_CHANGE += ("judged_matches",)
-BATCHES = ("datasets", "use_restval", "batch_size", "per_gpu_batchsize", "num_gpus", "num_nodes", "image_size")
-
-FOLLOWED = ("image_size", "max_text_len")  # data settings that belong to the model, and travel in its checkpoint
 CHEAP_PAIRS = 200_000  # up to which a report draws the curve over K unasked: seconds, on the demo
 EPOCH_FIGURES = ("r1_i2t", "r5_i2t", "r10_i2t", "r1_t2i", "r5_t2i", "r10_t2i", "rsum")
-
-
-def open_models(
-    settings: Settings, load_tokenizer: Callable[[str], PreTrainedTokenizerBase]
-) -> tuple[list[HACAN], PreTrainedTokenizerBase, Settings]:
-    """The models of `checkpoint`, or a new one; their tokenizer; and the settings, the model's part as it was trained.
-
-    A checkpoint of ours knows its architecture, alignment, tokenizer, image_size and max_text_len: those hold, whatever
-    the config says, because other values would evaluate another model. An ensemble's members must agree on the last
-    three, since they are shown the same pixels and tokens.
-    """
-    torch.manual_seed(settings.run.seed)  # of new weights: Sacred seeds torch only where it was imported before
-    if not settings.run.checkpoint:
-        tokenizer = load_tokenizer(settings.data.tokenizer)
-        model = build_model(
-            settings.model,
-            image_size=settings.data.image_size,
-            score_memory=settings.eval.score_memory,
-            tokenizer=tokenizer,
-            trust=settings.run.trust_checkpoint,
-        )
-        return [model], tokenizer, settings
-    opened = [
-        open_checkpoint(
-            path,
-            trust=settings.run.trust_checkpoint,
-            settings=settings.model,
-            image_size=settings.data.image_size,
-            score_memory=settings.eval.score_memory,
-        )
-        for path in settings.run.checkpoint
-    ]
-    models = [checkpoint.model for checkpoint in opened]
-    first = next((checkpoint for checkpoint in opened if checkpoint.description is not None), opened[0])
-    settings = dataclasses.replace(settings, model=first.settings)
-    if first.description is None:
-        return models, load_tokenizer(settings.data.tokenizer), settings
-    _check_ensemble(settings.run.checkpoint, opened)
-    kept = {key: first.description["settings"][key] for key in FOLLOWED}
-    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **kept))
-    return models, tokenizer_from_description(first.description), settings
-
-
-def _check_ensemble(paths: tuple[str, ...], opened: list[Checkpoint]) -> None:
-    """Members of an ensemble must have been trained on the same kind of pixels and tokens."""
-    for key in (*FOLLOWED, "tokenizer"):
-        found = {}
-        for path, checkpoint in zip(paths, opened, strict=True):
-            if checkpoint.description is not None:
-                kept = checkpoint.description
-                found[path] = str(kept["tokenizer"] if key == "tokenizer" else kept["settings"][key])
-        if len(set(found.values())) > 1:
-            values = ", ".join(f"{path}: {value[:40]}" for path, value in found.items())
-            raise UserError(f"checkpoint: the members of the ensemble differ in {key} ({values}); evaluate them apart")
 
 
 def train(
@@ -152,39 +81,6 @@ def train(
     return Path(_of_first_process(str(best if best.is_file() else keep.folder / LAST)))
 
 
-def check_resumed(settings: Settings, kept: Mapping[str, Any], *, source: Path) -> None:
-    """Refuse to go on with another model or other batches; warn of what else is not as in the interrupted run."""
-    now = json.loads(json.dumps(settings.to_flat()))
-    changed = {key: value for key, value in kept.items() if now.get(key) != value and key not in MAY_CHANGE}
-    model = {field.name for field in dataclasses.fields(ModelSettings)} - {"image_weights", "text_weights"}
-    for key in changed:
-        if key in model or key in BATCHES:
-            raise UserError(
-                f"{key}={now.get(key)!r}, but {source} is of a run with {key}={changed[key]!r}: resume_from goes on "
-                "with the same run; to start a new one from these weights give checkpoint=PATH"
-            )
-    if changed:
-        differences = ", ".join(f"{key} was {value!r}, is {now.get(key)!r}" for key, value in changed.items())
-        log.warning("resumed with other settings than before: %s", differences)
-
-
-def resumed_checkpoint(settings: Settings, home: Path) -> Path | None:
-    """The file that `resume_from` means; `last`: last.ckpt of save_path, or of the newest run of this exp_name."""
-    wanted = settings.run.resume_from
-    if not wanted:
-        return None
-    if wanted != "last":
-        if not Path(wanted).is_file():
-            raise UserError(f"resume_from={wanted!r}: there is no such file; give a checkpoint, or last")
-        return Path(wanted)
-    places = [Path(settings.run.save_path)] if settings.run.save_path else home.glob("*/checkpoints")
-    found = [place / LAST for place in places if (place / LAST).is_file()]
-    if not found:
-        where = settings.run.save_path or f"{home}/*/checkpoints"
-        raise UserError(f"resume_from=last: there is no {LAST} in {where}; give the checkpoint's path")
-    return max(found, key=lambda path: path.stat().st_mtime)
-
-
 def validate(model: HACAN, *, settings: Settings, data: Any, run_folder: Path) -> dict[str, float]:
     """Recalls of the validation split by hierarchical inference, in percent."""
     device = next(model.parameters()).device
@@ -222,6 +118,8 @@ def test(
 
     With `report` also report.html, with heatmaps where the `tokenizer` is given, and with the curve where it is cheap.
     """
+    if settings.train.deterministic:
+        only_deterministic_kernels()  # a training's Trainer has done it, test_only has none
     if settings.train.num_gpus * settings.train.num_nodes > 1 and not dist.is_initialized():  # test_only
         launch_processes(settings.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

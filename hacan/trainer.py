@@ -1,7 +1,7 @@
 """Settings -> the Lightning objects of a training: the module with its losses, and the Trainer with its devices."""
 
 import logging
-import warnings
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy as FabricDDPStrategy
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from hacan.callbacks import AtomicCheckpointIO, KeepCheckpoints, LogShortEpochs
+from hacan.console import ProgressBar, quieten
 from hacan.errors import UserError
 from hacan.model import HACAN
 from hacan.settings import Settings, TrainSettings
@@ -59,9 +59,7 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
     data, train = settings.data, settings.train
     on_gpu = _devices_suffice(train)
     processes = train.num_gpus * train.num_nodes
-    logging.getLogger("pytorch_lightning.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
-    # LogShortEpochs lowers the interval after this warning.
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    quieten()
     # A backbone that is frozen in some epochs has parameters without gradients, which plain DDP would wait for.
     strategy = DDPStrategy(find_unused_parameters=True, process_group_backend=None if on_gpu else "gloo")
     return pl.Trainer(
@@ -80,7 +78,7 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
         ],
         log_every_n_steps=1 if settings.run.fast_dev_run else 10,
         limit_train_batches=2 if settings.run.fast_dev_run else None,
-        callbacks=[KeepCheckpoints(checkpoint_folder), LogShortEpochs(), TQDMProgressBar(refresh_rate=10)],
+        callbacks=[KeepCheckpoints(checkpoint_folder), LogShortEpochs(), ProgressBar(refresh_rate=10)],
         plugins=[AtomicCheckpointIO()],
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -96,6 +94,12 @@ def launch_processes(train: TrainSettings) -> None:
         num_nodes=train.num_nodes,
         strategy=FabricDDPStrategy(process_group_backend=None if on_gpu else "gloo"),
     ).launch()
+
+
+def only_deterministic_kernels() -> None:
+    """What `Trainer(deterministic=True)` does, for an evaluation alone."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS adds in one order only with such a workspace
+    torch.use_deterministic_algorithms(True)
 
 
 def _devices_suffice(train: TrainSettings) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -100,6 +101,23 @@ def load_exactly(
         raise UserError(f"{source} has {len(wrong)} tensors of another shape: {'; '.join(wrong[:3])}")
     module.load_state_dict({key: state.get(key, own[key]) for key in own})
     return missing
+
+
+def weights_at(key: str, path: str, *, trust: bool) -> dict[str, Tensor]:
+    """The state dict at the path that the config key `key` names."""
+    if not Path(path).exists():
+        raise UserError(f"{key}={path}: there is no such file or folder; give a path, `pretrained` or `random`")
+    return read_state(path, trust=trust)
+
+
+def no_hub_weights(kind: str, name: str, hub_id: str, error: Exception) -> str:
+    """One line for weights that could not be had: which, where they were looked for, how to give a path."""
+    reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
+    return (
+        f"no weights for {kind}_encoder={name!r}: {hub_id} is neither a folder here nor in the cache "
+        f"{hub.HF_HUB_CACHE}, and the hub did not give it ({reason}). Give a local path, {kind}_weights=PATH, or "
+        f"{kind}_weights=random to start from nothing"
+    )
 
 
 def _read_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:

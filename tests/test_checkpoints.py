@@ -248,11 +248,34 @@ def test_each_of_the_releases_tensors_is_mapped_or_ignored(release, caplog):
     assert sorted(found.mapped.values()) == sorted(found.model.state_dict())
     assert found.mapped["fc2.weight"] == "project_image_mid.weight"
     assert found.mapped["cross_modal_text_transform.bias"] == "project_text_high.bias"
-    assert f"release checkpoint; {len(found.mapped)} tensors mapped, none missing, {len(idle)} ignored" in caplog.text
-    assert "convnexts.head.weight" in caplog.text
+    assert (
+        f"release checkpoint; {len(found.mapped)} tensors mapped (text_transformer.* -> text_encoder.* " in caplog.text
+    )
+    for part in (
+        "convnexts.* -> image_encoder.* ",
+        "fc2.* -> project_image_mid.* 2",
+        "txt_enc.* -> aggregate_text.* 6",
+    ):
+        assert part in caplog.text
+    assert f", none missing, {len(idle)} ignored (convnexts.head.weight" in caplog.text
+    assert all(name in caplog.text for name in idle)
 
 
-def test_what_the_releases_tensors_do_not_tell(release, make_settings):
+@pytest.mark.parametrize("name", ["plain.pth", "weights.safetensors", "parallel.pt"])
+def test_the_releases_names_are_recognised_in_any_file(release, tmp_path, pixels, captions, name):
+    theirs, path = release
+    state = {key: value.contiguous() for key, value in theirs.state().items()}
+    if name == "weights.safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state if name == "plain.pth" else {f"module.{k}": v for k, v in state.items()}, tmp_path / name)
+    found = open_checkpoint(tmp_path / name, image_size=64)
+    assert found.kind == "release" and len(found.ignored) == 12
+    expected = open_checkpoint(path, settings=found.settings, image_size=64).model
+    same(features(found.model, pixels, captions), features(expected, pixels, captions))
+
+
+def test_what_the_releases_tensors_do_not_tell(release, make_settings, caplog):
     _, path = release
     assert open_checkpoint(path).model.alignment.direction == "i2t"  # from the config inside the checkpoint
     given = make_settings(direction="both", alignment="hybrid", focal_type="equal", activation="tanh").model
@@ -260,6 +283,8 @@ def test_what_the_releases_tensors_do_not_tell(release, make_settings):
     assert (model.alignment.direction, model.alignment.focal_type) == ("both", "equal")
     assert isinstance(model.aggregate_image.activation, torch.nn.Tanh)
     assert model.text_encoder.levels == (2, 4)  # sizes and levels are the release's, not those of the settings
+    assert "release.ckpt was written with direction='i2t', here 'both': the config of this run holds" in caplog.text
+    assert caplog.text.count("was written with") == 1
 
 
 def test_a_release_that_lacks_tensors_names_them(release):
@@ -288,6 +313,45 @@ def test_plain_weights_in_our_names(make_model, make_settings, tmp_path, pixels,
     same(features(found.model, pixels, captions), features(model, pixels, captions))
     with pytest.raises(UserError, match=r"not the settings that they belong to"):
         open_checkpoint(path)
+
+
+OTHER_ENCODERS = {
+    "distilbert": {"dim": 24, "n_layers": 3, "n_heads": 2, "hidden_dim": 9, "max_position_embeddings": 16},
+    "roberta": {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
+                "max_position_embeddings": 24},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", OTHER_ENCODERS)
+def test_plain_weights_of_text_encoders_that_are_no_bert(
+    make_model, make_settings, tokenizer, tmp_path, pixels, captions, encoder
+):
+    """RoBERTa's tensors have BERT's names, but it counts positions otherwise, from its padding on."""
+    updates = {"text_encoder": encoder, "text_encoder_args": OTHER_ENCODERS[encoder]}
+    model = make_model(**updates)
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    found = open_checkpoint(
+        tmp_path / "x.safetensors",
+        settings=make_settings(**updates).model,
+        image_size=64,
+        load_tokenizer=lambda: tokenizer,
+    )
+    assert found.kind == "plain" and found.model.text_encoder.backbone.config.model_type == encoder
+    same(features(found.model, pixels, captions), features(model, pixels, captions))
+
+
+def test_a_plain_bert_is_read_where_its_hub_name_is_not_in_the_cache(make_model, make_settings, tmp_path, monkeypatch):
+    model = make_model()
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    for name in ("bert-base-uncased", "google-bert/bert-base-uncased"):
+        given = make_settings(
+            text_encoder=name, text_weights="pretrained"
+        ).model  # heads and all sizes in the arguments
+        config = open_checkpoint(tmp_path / "x.safetensors", settings=given, image_size=64).model.text_encoder.backbone
+        assert (config.config.model_type, config.config.num_attention_heads) == ("bert", 4)
+    given = make_settings(text_encoder="roberta-base", text_weights="pretrained").model
+    with pytest.raises(UserError, match=r"text_encoder='roberta-base'.*a folder with a config.json"):
+        open_checkpoint(tmp_path / "x.safetensors", settings=given, image_size=64)
 
 
 def test_backbones_alone_are_pointed_to_their_keys(tmp_path):

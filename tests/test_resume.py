@@ -12,6 +12,7 @@ from config import ex
 from hacan import pipeline
 from hacan.callbacks import BEST, LAST, PREVIOUS, KeepCheckpoints
 from hacan.errors import UserError
+from hacan.resuming import check_resumed
 from hacan.settings import Settings
 
 PARTS = ("state_dict", "optimizer_states", "callbacks", "PairDataModule", "global_step", "epoch")
@@ -180,7 +181,7 @@ def test_another_model_or_other_batches_are_refused(settings_in, whole, tmp_path
     for updates in ({"embed_dim": 17}, {"per_gpu_batchsize": 5}, {"direction": "i2t"}):
         with pytest.raises(UserError, match=f"^{next(iter(updates))}=.*checkpoint=PATH"):
             train_here(settings_in(tmp_path, resume_from=last, **updates), tmp_path)
-    pipeline.check_resumed(
+    check_resumed(
         settings_in(tmp_path, margin=0.3), torch.load(last, weights_only=True)["hacan"]["settings"], source=last
     )
     assert "margin was 0.2, is 0.3" in caplog.text

@@ -9,6 +9,7 @@ import torch
 
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
+from hacan.opening import open_models
 from run import build_data
 
 ROOT = Path(__file__).parents[1]
@@ -29,22 +30,36 @@ TINY_DEMO = {
 }
 
 
-def run_py(*words, named="demo_config", script="run.py", timeout=300, **updates):
-    """`python run.py with ...`, finished: `.returncode`, `.stdout`, `.stderr`."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def command_of(*words, named="demo_config", script="run.py", launcher=(sys.executable,), **updates):
+    """The words of `python run.py with ...`, or of another launcher."""
     assigned = [
         f"{key}={value!r}" if isinstance(value, str) and "=" in value else f"{key}={value}"
         for key, value in updates.items()
     ]
-    command = [sys.executable, str(script), *words, "with", *([named] if named else []), *assigned]
+    return [*map(str, launcher), str(script), *words, "with", *([named] if named else []), *assigned]
+
+
+def environment(**more):
+    """This process's environment: no network, one thread for each process of a run."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def run_py(*words, timeout=300, **rest):
+    """`python run.py with ...`, finished: `.returncode`, `.stdout`, `.stderr`."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command_of(*words, **rest),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
 def train_here(settings, folder):
     """`pipeline.train` as `run.py` calls it, in this process; returns the best checkpoint, or None if interrupted."""
-    models, tokenizer, settings = pipeline.open_models(settings, load_tokenizer)
+    models, tokenizer, settings = open_models(settings, load_tokenizer)
     data = build_data(settings, tokenizer)
     return pipeline.train(settings, models[0], tokenizer, data, run_folder=folder / "record", home=folder)
 
