@@ -9,13 +9,14 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from hacan.checkpoints import atomic_save
 from hacan.errors import UserError
 from hacan.lock import FolderLock
+from hacan.saving import atomic_save
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
@@ -138,6 +139,13 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         last = self.folder / LAST
+        finite = [torch.isfinite(parameter).all() for parameter in trainer.lightning_module.parameters()]
+        if not torch.stack(finite).all():  # a finite loss may have had other gradients; in every process alike
+            kept = f"{last}, of an earlier step, is kept" if last.exists() else "nothing is saved"
+            raise UserError(
+                f"the weights are not finite after optimiser step {trainer.global_step}: {kept}; lower learning_rate, "
+                "or use precision=32-true"
+            )
         if trainer.is_global_zero and last.exists():
             _replace_by_copy(last, self.folder / PREVIOUS)
         trainer.save_checkpoint(last)

@@ -1,38 +1,50 @@
-"""Checkpoints: what ours hold beside the weights, reading any accepted kind, writing in one step.
+"""Checkpoints: reading any accepted kind, recognised by its keys, and saying what became of its tensors.
 
-Ours is a Lightning checkpoint whose key `hacan` describes the model (settings, text config, tokenizer), so that it can
-be rebuilt without the run's config, without the hub and without the files that the backbones came from.
+Ours is a Lightning checkpoint whose key `hacan` describes the model (`hacan/description.py`); others are the public
+release's and plain weights (`hacan/foreign.py` knows their names).
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
-import os
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hacan.build import build_model, model_settings
+from hacan.description import (
+    CONFIG_FILE,
+    DESCRIPTION,
+    describe_model,
+    model_from_description,
+    read_exported,
+    tokenizer_from_description,
+)
 from hacan.errors import UserError
 from hacan.foreign import RELEASE_DEFAULTS, bert_sizes, is_release, name_of_release, release_settings
 from hacan.model import HACAN
-from hacan.settings import ModelSettings, Settings
+from hacan.saving import atomic_save, file_hash
+from hacan.settings import ModelSettings
 from hacan.text_backbone import Vocabulary, config_of_state
 from hacan.weights import BrokenFileError, load_exactly, read_file, tensors_of
 
+__all__ = [
+    "Checkpoint",
+    "atomic_save",
+    "describe_model",
+    "file_hash",
+    "load_checkpoint",
+    "model_from_description",
+    "open_checkpoint",
+    "read_checkpoint",
+    "tokenizer_from_description",
+]
+
 log = logging.getLogger(__name__)
 
-DESCRIPTION = "hacan"  # our key in a checkpoint
-FORMAT = 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of an exported folder
 OUR_MODULES = ("image_encoder.", "text_encoder.", "project_", "aggregate_", "alignment.")
 
 
@@ -136,100 +148,6 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         raise BrokenFileError(f"{error}; {remedy}") from error
     exported = path.suffix == ".safetensors" and (path.parent / CONFIG_FILE).is_file()
     return read_exported(path.parent) if exported else content
-
-
-def describe_model(model: HACAN, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What is needed beside the weights to rebuild the model: plain values, which `weights_only` and JSON can read."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).iterdir())}
-    description = {
-        "format": FORMAT,
-        "settings": settings.to_flat(),
-        "text_config": model.text_encoder.backbone.config.to_dict(),
-        "tokenizer": files,
-    }
-    return json.loads(json.dumps(description, default=str))
-
-
-def model_from_description(description: Mapping[str, Any], *, score_memory: int = 256) -> HACAN:
-    """The model that `describe_model` described, its weights random."""
-    if description.get("format") != FORMAT:
-        raise UserError(
-            f"a checkpoint of format {description.get('format')!r}, expected {FORMAT}: written by another version of "
-            "this program; read it with that one"
-        )
-    return build_model(
-        model_settings(description["settings"]),
-        image_size=description["settings"]["image_size"],
-        score_memory=score_memory,
-        load_weights=False,
-        text_config=description["text_config"],
-    )
-
-
-def tokenizer_from_description(description: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files `describe_model` kept."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in description["tokenizer"].items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder)
-
-
-def read_exported(folder: Path) -> dict[str, Any]:
-    """A folder that `scripts/export.py` wrote, as the content of a checkpoint of ours."""
-    config = folder / CONFIG_FILE
-    if not config.is_file():
-        raise UserError(f"{folder} is a folder without {CONFIG_FILE}: expected one that scripts/export.py wrote")
-    try:
-        description = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BrokenFileError(f"{config} is broken: {error}") from error
-    if not isinstance(description, dict) or "settings" not in description or "text_config" not in description:
-        raise UserError(
-            f"{config} does not describe a HACAN (no settings, no text_config): scripts/export.py writes it"
-        )
-    names = [Path(name).name for name in description.pop("tokenizer_files", [])]
-    lacking = [name for name in names if not (folder / name).is_file()]
-    if lacking or not names:
-        raise UserError(f"{folder} lacks the tokenizer's {', '.join(lacking) or 'files'}: export the checkpoint again")
-    description["tokenizer"] = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    return {DESCRIPTION: description, "state_dict": read_file(folder / WEIGHTS_FILE)}
-
-
-def atomic_save(content: Any, path: str | Path) -> None:
-    """`torch.save` in one step, as the file system sees it: a crash or a full disk leaves the file that was there."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        kept = f"; the {path.name} that was there is kept" if path.exists() else ""
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}{kept}. Free space there, or give save_path=PATH") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal: which checkpoint a figure came from."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the system lets a folder be opened (Windows does not)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _our_name(key: str) -> str:

@@ -1,16 +1,21 @@
 """A checkpoint becomes a folder to share: safetensors, config, tokenizer files, and a model card with its receipt."""
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hacan.checkpoints import CONFIG_FILE, WEIGHTS_FILE, file_hash, open_checkpoint
+from hacan.checkpoints import Checkpoint, open_checkpoint
+from hacan.description import CONFIG_FILE, WEIGHTS_FILE
 from hacan.errors import UserError
 from hacan.onnx_export import OnnxFile, export_onnx
 from hacan.retrieval.features import hash_of_tensors
+from hacan.saving import file_hash
 from hacan.settings import ModelSettings
 
 # What inference must know beside the model's own settings. Folders of the training machine stay there.
@@ -27,15 +32,29 @@ def export(checkpoint: str | Path, folder: str | Path, *, onnx: bool = False, tr
             f"{checkpoint} is a {found.kind} checkpoint, without settings and tokenizer: only a checkpoint that a "
             "training of this program wrote can be exported"
         )
+    partial = folder / f".partial-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        partial.mkdir(parents=True, exist_ok=True)
+        names = _write(found, partial, checkpoint=checkpoint, onnx=onnx)
+        for name in names:  # only what is whole takes the place of what was there
+            os.replace(partial / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"cannot write to {folder}: {reason}; what was there is kept, free space or give another"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [folder / name for name in names]
+
+
+def _write(found: Checkpoint, folder: Path, *, checkpoint: Path, onnx: bool) -> list[str]:
+    """Write every file of the export to `folder`; their names."""
     state = {name: value.contiguous() for name, value in found.model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    tokenizer = found.description["tokenizer"]
+    tokenizer = {Path(name).name: text for name, text in found.description["tokenizer"].items()}
     for name, text in tokenizer.items():
-        (folder / Path(name).name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     config = _shareable(found.description)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     metrics = _metrics_beside(checkpoint)
@@ -53,7 +72,7 @@ def export(checkpoint: str | Path, folder: str | Path, *, onnx: bool = False, tr
     card = _card(settings, parameters, source, _receipt(metrics, weights_hash), exported)
     (folder / CARD).write_text(card, encoding="utf-8")
     names = [WEIGHTS_FILE, CONFIG_FILE, *tokenizer, CARD, *([METRICS_FILE] if metrics is not None else [])]
-    return [*(folder / name for name in names), *(file.path for file in exported)]
+    return [*names, *(file.path.name for file in exported)]
 
 
 def _shareable(description: Mapping[str, Any]) -> dict[str, Any]:

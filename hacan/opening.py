@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hacan.build import build_model
-from hacan.checkpoints import Checkpoint, open_checkpoint, tokenizer_from_description
+from hacan.checkpoints import Checkpoint, open_checkpoint
+from hacan.description import tokenizer_from_description
 from hacan.errors import UserError
 from hacan.model import HACAN
 from hacan.settings import Settings

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hacan.alignment import HybridAlignment, RevisedAlignment
 from hacan.callbacks import BEST, LAST, KeepCheckpoints
-from hacan.checkpoints import DESCRIPTION, describe_model, read_checkpoint
+from hacan.checkpoints import read_checkpoint
+from hacan.description import DESCRIPTION, describe_model
 from hacan.errors import UserError
 from hacan.model import HACAN
 from hacan.opening import FOLLOWED

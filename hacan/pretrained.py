@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from hacan.checkpoints import open_checkpoint, tokenizer_from_description
+from hacan.checkpoints import open_checkpoint
+from hacan.description import tokenizer_from_description
 from hacan.errors import UserError
 from hacan.model import HACAN
 from hacan.pictures import read_picture

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -79,7 +81,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    monkeypatch.setattr("hacan.checkpoints.os.fsync", full)
+    monkeypatch.setattr("hacan.saving.os.fsync", full)
     with pytest.raises(UserError, match=rf"cannot write .*{LAST}: No space left on device") as error:
         fit(tmp_path)
     assert "\n" not in str(error.value)
@@ -91,20 +93,49 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch,
     assert weight(tmp_path / LAST) == 6.0
 
 
+def test_weights_that_are_not_finite_take_no_good_checkpoints_place(tmp_path):
+    class Diverges(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                module.weight.data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match=rf"not finite after optimiser step 6: .*{LAST}, of an earlier step, is kept"):
+        fit(tmp_path, callbacks=[KeepCheckpoints(tmp_path), Diverges()])
+    assert [weight(tmp_path / name) for name in (LAST, PREVIOUS, BEST)] == [4.0, 2.0, 4.0]
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write checkpoints to .*file/x: Not a directory; .*save_path="):
         fit(tmp_path / "file" / "x")
 
 
-def test_a_read_only_folder_is_named_before_training(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+@pytest.fixture
+def no_superuser():
+    """A user who may not write to read-only folders, as root may."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
 
-    monkeypatch.setattr("hacan.lock.Path.write_text", refuse)  # root may write to read-only folders
-    with pytest.raises(UserError, match=r"cannot write checkpoints to .*: Permission denied"):
-        fit(tmp_path)
-    assert not list(tmp_path.iterdir())
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder that its readers can look into; pytest's own are closed to every other user."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        path.mkdir()
+        Path(folder).chmod(0o755)
+        path.chmod(0o555)
+        yield path
+
+
+def test_a_read_only_folder_is_named_before_training(read_only, no_superuser):
+    with pytest.raises(UserError, match=rf"cannot write checkpoints to {read_only}: Permission denied; .*save_path="):
+        fit(read_only)
+    assert not list(read_only.iterdir())
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tmp_path):

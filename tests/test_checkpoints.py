@@ -13,7 +13,7 @@ from references import original_convnext, original_convnext_state
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
-import hacan.checkpoints
+import hacan.saving
 from hacan.checkpoints import (
     atomic_save,
     describe_model,
@@ -449,7 +449,7 @@ def test_a_full_disk_keeps_the_file_that_was_there(tmp_path, monkeypatch, failur
         file.write(b"PK half of it")
         raise failure
 
-    monkeypatch.setattr(hacan.checkpoints.torch, "save", write_half)
+    monkeypatch.setattr(hacan.saving.torch, "save", write_half)
     with pytest.raises(
         UserError, match=r"cannot write .*last.ckpt: .*(No space left|failed writing).*that was there is kept"
     ):

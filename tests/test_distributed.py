@@ -115,7 +115,8 @@ def test_a_process_without_a_readable_picture_keeps_the_others_going(runs, tmp_p
     train = [image for image in listed if image["split"] == "train"]
     bad = {2, 5, 6, 9}
     for number in bad:
-        (tmp_path / "data" / "scenes" / train[number]["filename"]).write_bytes(b"no picture")
+        (picture,) = (tmp_path / "data").rglob(train[number]["filename"])
+        picture.write_bytes(b"no picture")
     updates = {**arguments, "data_root": tmp_path / "data", "on_bad_image": "skip", "max_epoch": 1, "warmup_epochs": 0}
     owner = [number for number, image in enumerate(train) for _ in image["sentences"]]
     order = TrainingOrder(n_pairs=len(owner), batch_size=20, per_gpu_batchsize=2, seed=0)

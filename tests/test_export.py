@@ -1,5 +1,6 @@
 """Export and inference: the same scores from the folder, without Lightning and Sacred; ONNX agrees with PyTorch."""
 
+import errno
 import json
 import os
 import pathlib
@@ -7,12 +8,14 @@ import runpy
 import struct
 import subprocess
 import sys
+from unittest import mock
 
 import cv2
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import hacan
 from hacan.checkpoints import atomic_save, describe_model, open_checkpoint
@@ -302,6 +305,25 @@ class NoisyWhenAsked(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------ script
+
+
+@pytest.mark.parametrize("fails", ["weights", "card"])
+def test_a_full_disk_keeps_the_export_that_was_there(trained, tmp_path, monkeypatch, fails):
+    export(trained[1], tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if fails == "weights":  # safetensors has an error of its own
+
+        def save_half(tensors, path, metadata):
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("hacan.export.save_file", save_half)
+    else:
+        monkeypatch.setattr("hacan.export._card", mock.Mock(side_effect=full))
+    with pytest.raises(UserError, match=r"cannot write to .*out: .*No space left on device.*; what was there is kept"):
+        export(trained[1], tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
 def test_the_script_writes_names_and_exits(trained, tmp_path):

@@ -26,6 +26,8 @@ ROOMS = [
     "hacan.image_backbone",
     "hacan.text_backbone",
     "hacan.build",
+    "hacan.description",
+    "hacan.saving",
     "hacan.checkpoints",
     "hacan.opening",
     "hacan.pretrained",

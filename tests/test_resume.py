@@ -14,6 +14,7 @@ from hacan.callbacks import BEST, LAST, PREVIOUS, KeepCheckpoints
 from hacan.errors import UserError
 from hacan.resuming import check_resumed
 from hacan.settings import Settings
+from hacan.training import Training
 
 PARTS = ("state_dict", "optimizer_states", "callbacks", "PairDataModule", "global_step", "epoch")
 EXACT = {  # 60 pairs: 3 steps of 2 batches an epoch; backbones wake up in the second, the rate falls in the third
@@ -174,6 +175,27 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_offered(settings_
         torch.load(best.parent / LAST, weights_only=True)["state_dict"],
         torch.load(whole / LAST, weights_only=True)["state_dict"],
     )
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(settings_in, tmp_path, monkeypatch):
+    losses = Training.losses
+
+    def diverge(self, *arguments, **options):
+        total, terms = losses(self, *arguments, **options)
+        bad = self.current_epoch == 1 and self.trainer.fit_loop.epoch_loop.batch_idx == 3
+        return (total * float("nan"), terms | {"total": float("nan")}) if bad else (total, terms)
+
+    monkeypatch.setattr(Training, "losses", diverge)
+    with pytest.raises(
+        UserError, match=r"not finite at epoch 1, batch 3, optimiser step 4 \(total nan, triplet .*captions"
+    ):
+        train_here(settings_in(tmp_path), tmp_path)
+    last = tmp_path / "checkpoints" / LAST
+    kept = torch.load(last, weights_only=True)
+    assert kept["epoch"] == 0 and all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+    monkeypatch.undo()
+    train_here(settings_in(tmp_path, resume_from=str(last), max_epoch=2), tmp_path)  # and one can go on from there
+    assert torch.load(last, weights_only=True)["epoch"] == 1
 
 
 def test_another_model_or_other_batches_are_refused(settings_in, whole, tmp_path, caplog):
