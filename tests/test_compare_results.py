@@ -80,6 +80,15 @@ def test_different_systems_are_compared_and_named(tmp_path, field):
     assert f"they differ in {field}: " in compare_results(one, other, resamples=10)
 
 
+def test_models_of_equal_weights_are_told_apart_by_their_settings(tmp_path):
+    member = RECEIPT["members"][0]
+    one = load_result(save(tmp_path / "a", members=[member | {"text_levels": [-3, -1], "embed_dim": 8}]))
+    other = load_result(save(tmp_path / "b", members=[member | {"text_levels": [-2, -1], "embed_dim": 8}]))
+    line = next(line for line in compare_results(one, other, resamples=9).splitlines() if "members" in line)
+    assert "(12345678, text_levels=[-3, -1]) | best.ckpt (12345678, text_levels=[-2, -1])" in line
+    assert "embed_dim" not in line
+
+
 def test_rules_may_be_crossed_on_purpose_and_data_never(tmp_path):
     one, other = load_result(save(tmp_path / "a")), load_result(save(tmp_path / "b", top_k=100))
     assert "they differ in top_k: 50 | 100" in compare_results(one, other, across=("top_k",), resamples=10)

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import shutil
 import threading
 from functools import partial
 
@@ -215,7 +217,8 @@ def test_the_table_names_an_ensemble_and_its_members():
 
 def test_the_receipt_says_what_was_measured(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    found = run([make_member()], split, Protocol(top_k=4), bootstrap=20, seed=7)
+    member = make_member()._replace(settings={"temperature": 9.0})
+    found = run([member], split, Protocol(top_k=4), bootstrap=20, seed=7)
     found.save(tmp_path)
     text = (tmp_path / "metrics.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -224,6 +227,8 @@ def test_the_receipt_says_what_was_measured(tmp_path):
     assert expected.items() <= receipt.items()
     assert receipt["alignment"] == "hybrid" and receipt["direction"] == "t2i" and receipt["precision"] == "32-true"
     assert receipt["features"] == "float16" and len(receipt["ids_hash"]) == 64
+    described = {"checkpoint": "0.ckpt", "hash": member.checkpoint_hash, "alignment": "hybrid", "direction": "t2i"}
+    assert receipt["members"] == [described | {"temperature": 9.0}] and not receipt["ensemble"]
     assert {"torch", "python", "transformers", "timm", "numpy"} <= receipt["versions"].keys()
     for stage in ("encode images", "encode texts", "coarse", "fine", "rank"):
         assert receipt["stages"][stage]["seconds"] > 0 and receipt["stages"][stage]["host_peak_mib"] > 10
@@ -273,6 +278,21 @@ def test_kept_features_serve_another_protocol_but_not_another_model(tmp_path):
     assert sum(encoded) == 30
     run([counted(make_member()._replace(precision="bf16-mixed"))], split, folder=tmp_path)
     assert sum(encoded) == 40
+    run([counted(make_member()._replace(form="other levels of the same weights"))], split, folder=tmp_path)
+    assert sum(encoded) == 50
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_features_of_other_evaluations_make_room(tmp_path):
+    split, *_ = make_split(IMAGE_OF_TEXT, images=10)
+    run([make_member(0)], split, folder=tmp_path)
+    first = list(tmp_path.iterdir())
+    for file in first[0].rglob("*"):
+        os.utime(file, (1e9, 1e9))
+    run([make_member(1)], split, folder=tmp_path, feature_disk=1000)
+    assert len(list(tmp_path.iterdir())) == 2
+    run([make_member(2), make_member(3)], split, folder=tmp_path, feature_disk=0)
+    assert not first[0].exists() and len(list(tmp_path.iterdir())) == 3  # that of 1 may still be filled
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -365,8 +385,17 @@ def test_the_meter_adds_up_seconds_and_keeps_the_highest_memory():
     assert meter.stages["failing"]["seconds"] >= 0
 
 
-def test_the_source_hash_covers_what_makes_features():
-    assert len(evaluating.code_hash()) == 32 and evaluating.code_hash() == evaluating.code_hash()
+def test_the_source_hash_covers_what_makes_features(tmp_path):
+    copy = tmp_path / "hacan"
+    shutil.copytree(evaluating.PACKAGE, copy)
+    known = evaluating.code_hash()
+    assert len(known) == 32 and evaluating.code_hash(copy) == known
+    for name in ("encoders/text.py", "pictures.py", "pixels.py", "aggregator.py", "model.py", "retrieval/store.py"):
+        (copy / name).write_text((copy / name).read_text() + "# changed")
+        assert evaluating.code_hash(copy) != known, name
+        known = evaluating.code_hash(copy)
+    (copy / "losses.py").write_text("")
+    assert evaluating.code_hash(copy) == known
 
 
 def test_coco_ids_bring_the_judged_matches(monkeypatch, tmp_path):

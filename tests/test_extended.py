@@ -1,14 +1,18 @@
 import json
 import random
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hacan import pipeline
 from hacan.errors import UserError
 from hacan.retrieval.extended import (
     average_precision_at_r,
     coco_ids,
     extended_metrics,
+    find_annotations,
     load_matches,
     r_precision,
     recall_at_matches,
@@ -119,3 +123,52 @@ def test_a_bad_annotation_file_is_one_line(tmp_path, content):
         path.write_text(content)
     with pytest.raises(UserError, match="is no file of COCO annotations"):
         coco_ids(["COCO_val2014_000000000009.jpg"], ["a"], torch.tensor([0]), path)
+
+
+PICTURES = ("COCO_val2014_000000000009.jpg", "COCO_val2014_000000000005.jpg")
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
+    """A test split of two pictures of COCO, all of it judged, with its annotations."""
+    judged = {"i2t": {9: frozenset({71, 72})}, "t2i": {72: frozenset({5})}}
+    monkeypatch.setattr("hacan.retrieval.extended.load_matches", lambda name: judged)
+    folder = tmp_path / "coco" / "annotations"
+    folder.mkdir(parents=True)
+    write_annotations(folder, [(71, 9, "A dog."), (72, 5, "A cat"), (73, 5, "A dog.")])
+    part = SimpleNamespace(paths=PICTURES, captions=("A dog.", "A cat"), image_of_text=torch.tensor([0, 1]))
+    return SimpleNamespace(eval_split=lambda name: part)
+
+
+def test_a_run_on_cocos_test_finds_the_ids_under_data_root(coco, make_settings, tmp_path):
+    def ids(**updates):
+        return pipeline.judged_ids(make_settings(**{"datasets": "coco", "data_root": str(tmp_path)} | updates), coco)
+
+    assert find_annotations(tmp_path) == tmp_path / "coco" / "annotations" / "captions_val2014.json"
+    assert ids() == ([9, 5], [71, 72])
+    assert ids(judged_matches="off") is None
+    assert ids(fold5=True) is None and ids(eval_split="val") is None and ids(datasets="f30k") is None
+    path = str(tmp_path / "coco" / "annotations" / "captions_val2014.json")
+    assert ids(data_root="elsewhere", judged_matches=path) == ([9, 5], [71, 72])
+    with pytest.raises(UserError, match="whole test split"):
+        ids(judged_matches=path, fold5=True)
+
+
+def test_why_judged_matches_are_left_out_is_said_and_a_path_has_to_fit(coco, make_settings, tmp_path, caplog):
+    settings = partial(make_settings, datasets="coco")
+    assert pipeline.judged_ids(settings(data_root=str(tmp_path / "elsewhere")), coco) is None
+    assert "left out: there is no annotations/captions_val2014.json" in caplog.text
+    path = write_annotations(tmp_path, [(71, 9, "A dog."), (74, 5, "A cat")])  # 72 is judged, and not among them
+    with pytest.raises(UserError, match=r"judged_matches=.*1 of them are not in this split .COCO id 72"):
+        pipeline.judged_ids(settings(judged_matches=str(path)), coco)
+    (tmp_path / "coco" / "annotations" / "captions_val2014.json").write_text(path.read_text())
+    assert pipeline.judged_ids(settings(data_root=str(tmp_path)), coco) is None
+    assert "COCO id 72" in caplog.text
+
+
+def test_the_published_sizes_of_cxc_beside_eccv():
+    """The package's README: to the queries that ECCV Caption judges, CxC gives 1,895 images and 8,906 captions."""
+    pytest.importorskip("eccv_caption")
+    eccv, cxc = load_matches("eccv"), load_matches("cxc")
+    sizes = {d: sum(len(cxc[d].get(query, ())) for query in eccv[d]) for d in ("i2t", "t2i")}
+    assert sizes == {"i2t": 8906, "t2i": 1895}

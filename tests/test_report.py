@@ -33,9 +33,11 @@ from hacan.report.heatmaps import (
     words_of,
 )
 from hacan.report.page import write_report
+from hacan.report.pictures import data_uri, jpeg, shrunk
 from hacan.report.training_log import find_training_log, training_charts
 from hacan.report.viewer import viewer_data
 from hacan.retrieval.evaluate import Protocol, Split, evaluate
+from hacan.retrieval.extended import TITLES
 from hacan.retrieval.members import member_of
 from hacan.types import EncodedImages, EncodedTexts, RetrievalResult
 
@@ -422,6 +424,41 @@ def test_a_report_stands_alone_and_captions_are_only_text(evaluated, tmp_path):
     assert path.stat().st_size < 1_000_000
 
 
+def test_every_part_of_a_report_has_its_link_and_the_receipt_is_for_reading(evaluated, tmp_path):
+    make, pretrained, write = evaluated
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text(LOG)
+    evaluation = make(curve=True)
+    text = write(tmp_path / "report.html", evaluation, pretrained=pretrained).read_text(encoding="utf-8")
+    links = re.findall(r'href="#(\w+)"', text)
+    assert links == re.findall(r'<section id="(\w+)"', text)
+    assert {"training", "curve"} < set(links)
+    assert "Peak memory of the process" in text
+    page = Page(text)
+    member = evaluation.receipt["members"][0]
+    assert f"checkpoint{member['checkpoint']}hash{member['hash']}" in page.text  # no braces and quotes of JSON
+    assert "judged matches" not in page.text
+
+
+def test_judged_matches_of_coco_are_in_the_report(evaluated, tmp_path):
+    make, _, write = evaluated
+    judged = {key: {"i2t": 10 + place, "t2i": 20.25 + place} for place, key in enumerate(TITLES)}
+    path = write(tmp_path / "report.html", make()._replace(extended=judged))
+    text = Page(path.read_text(encoding="utf-8")).text
+    for place, title in enumerate(TITLES.values()):
+        assert f"{title}{10 + place}.0{20.25 + place:.1f}" in text
+
+
+def test_special_tokens_do_not_set_the_scale(tokenizer):
+    grids = np.full((4, 2, 3), 1.0, np.float32)
+    grids[0], grids[3], grids[1, 0, 0], grids[2, 1, 2] = 50.0, -50.0, 3.0, 0.5
+    assert StreamMaps("ksf", grids, "x", 0.1, special=(0, 3)).range == (0.5, 3.0)
+    assert StreamMaps("ksf", grids, "x", 0.1).range == (-50.0, 50.0)
+    assert StreamMaps("ksf", grids[:1], "x", 0.1, special=(0,)).range == (50.0, 50.0)  # an empty caption
+    found = explain(CellColours(tokenizer, make_hybrid()), np.zeros((9, 9, 3), np.uint8), "a red cat")
+    assert all(stream.special == (0, 4) for stream in found.streams)
+
+
 def test_the_data_of_the_viewer_are_the_maps(evaluated, tmp_path):
     make, pretrained, write = evaluated
     text = write(tmp_path / "report.html", make(), pretrained=pretrained).read_text(encoding="utf-8")
@@ -437,7 +474,8 @@ def test_the_data_of_the_viewer_are_the_maps(evaluated, tmp_path):
         grids = np.frombuffer(base64.b64decode(plain["values"]), np.uint8).reshape(stream.grids.shape)
         assert grids.shape == (len(found.words), plain["rows"], plain["columns"])
         low, high = stream.range
-        np.testing.assert_allclose(low + grids / 255 * (high - low), stream.grids, atol=(high - low) / 500)
+        shown = stream.grids.clip(low, high)  # a special token may go beyond
+        np.testing.assert_allclose(low + grids / 255 * (high - low), shown, atol=(high - low) / 500)
 
 
 def test_a_report_without_model_intervals_or_curve_says_so(evaluated, tmp_path):
@@ -465,3 +503,16 @@ def test_a_pair_is_right_or_wrong_by_its_image(evaluated, tmp_path):
     )
     assert [pair["correct"] for pair in data["pairs"]] == [True, False]
     assert set(data["pictures"]) == {0, 2}
+
+
+def test_pictures_shrink_and_never_grow():
+    picture = np.zeros((30, 90, 3), np.uint8)
+    picture[..., 0] = 200  # red
+    assert shrunk(picture, 45).shape == (15, 45, 3)
+    assert shrunk(picture, 90) is picture
+    assert shrunk(picture, 1).shape == (1, 1, 3)
+    decoded = cv2.imdecode(np.frombuffer(jpeg(picture), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert np.abs(decoded.astype(int) - picture).max() < 8
+    assert len(data_uri(picture, quality=20)) <= len(data_uri(picture))
+    with pytest.raises(ValueError, match=r"picture is float64 of shape \(4, 4\)"):
+        jpeg(np.zeros((4, 4)))

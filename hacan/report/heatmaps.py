@@ -45,11 +45,18 @@ class StreamMaps(NamedTuple):
     grids: np.ndarray  # [words, rows, columns] float32
     unit: str
     score: float  # what this stream adds to the fine similarity
+    special: tuple[int, ...] = ()  # places of [CLS] and [SEP] among the words
 
     @property
     def range(self) -> tuple[float, float]:
-        """Smallest and largest value over all words: one scale for the stream, so that words can be compared."""
-        return float(self.grids.min()), float(self.grids.max())
+        """Smallest and largest value over the words: one scale for the stream, so that words can be compared.
+
+        [CLS] and [SEP] do not count, unless there is nothing else: one of them often looks at a single region, and
+        would leave the words pale. Their own maps are cut off at the ends of the scale.
+        """
+        words = np.delete(self.grids, self.special, axis=0)
+        shown = words if len(words) else self.grids
+        return float(shown.min()), float(shown.max())
 
 
 class Explanation(NamedTuple):
@@ -78,11 +85,12 @@ def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: s
     words = words_of(caption, pretrained.tokenizer, max_text_len=pretrained.max_text_len)
     some = next(iter(attention.values())).values
     words = [word for word in words if not torch.isnan(some[list(word.tokens)]).any()]
+    special = tuple(place for place, word in enumerate(words) if word.special)
     streams = []
     for name, found in attention.items():
         rows, columns = mid if name == "lrg_mid" else high
         by_word = torch.stack([found.values[list(word.tokens)].mean(0) for word in words])
-        streams.append(StreamMaps(name, by_word.view(-1, rows, columns).numpy(), found.unit, found.score))
+        streams.append(StreamMaps(name, by_word.view(-1, rows, columns).numpy(), found.unit, found.score, special))
     return Explanation(seen, caption, words, streams)
 
 

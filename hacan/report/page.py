@@ -33,6 +33,15 @@ from hacan.retrieval.evaluate import Evaluation
 HERE = Path(__file__).parent
 THUMBNAIL = 200  # pixels
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+PARTS = {
+    "results": "Results",
+    "audit": "Audit",
+    "training": "Training",
+    "curve": "Shortlist",
+    "gallery": "Queries",
+    "heatmaps": "Heatmaps",
+    "receipt": "Receipt",
+}
 KIND_NAMES = {
     "best": ("Best", "lowest ranks; equal ranks in random order"),
     "worst": ("Worst", "misses first, then the highest ranks; equal ranks in random order"),
@@ -80,14 +89,14 @@ def write_report(
             "receipt", "Receipt", stages_table(evaluation.receipt) + receipt_list(evaluation.receipt), folded=True
         ),
     ]
-    page = _page(evaluation, "".join(sections), viewer)
+    page = _page(evaluation, [section for section in sections if section], viewer)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def _page(evaluation: Evaluation, body: str, viewer: dict[str, Any] | None) -> str:
+def _page(evaluation: Evaluation, sections: Sequence[str], viewer: dict[str, Any] | None) -> str:
     receipt = evaluation.receipt
     title = f"{receipt['dataset']} {receipt['split']}: HACAN evaluation"
     members = receipt["members"]
@@ -99,6 +108,11 @@ def _page(evaluation: Evaluation, body: str, viewer: dict[str, Any] | None) -> s
     names = ", ".join(f"<code>{html.escape(member['checkpoint'] or 'untrained model')}</code>" for member in members)
     # "<" cannot end the element, whatever a caption says
     data = "" if viewer is None else json.dumps(viewer, ensure_ascii=False).replace("<", "\\u003c")
+    links = [
+        f'<a href="#{name}">{title}</a>'
+        for name, title in PARTS.items()
+        if any(section.startswith(f'<section id="{name}"') for section in sections)
+    ]
     script = "" if viewer is None else f"<script>{_asset('page.js')}</script>"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -107,9 +121,8 @@ def _page(evaluation: Evaluation, body: str, viewer: dict[str, Any] | None) -> s
         f"<title>{html.escape(title)}</title><style>{_asset('page.css')}</style></head><body>"
         f"<header><h1>{html.escape(title)}</h1><p>{receipt['images']:,} images, {receipt['texts']:,} texts; "
         f"{html.escape(receipt['protocol'])}; coarse score: {html.escape(receipt['coarse'])}.<br>{model}<br>{names}</p>"
-        '<nav aria-label="Parts of this page"><a href="#results">Results</a> <a href="#audit">Audit</a> '
-        '<a href="#gallery">Queries</a> <a href="#heatmaps">Heatmaps</a> <a href="#receipt">Receipt</a></nav></header>'
-        f"<main>{body}</main>"
+        f'<nav aria-label="Parts of this page">{" ".join(links)}</nav></header>'
+        f"<main>{''.join(sections)}</main>"
         + (f'<script type="application/json" id="data">{data}</script>' if data else "")
         + f"{script}</body></html>\n"
     )

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from hacan.report.charts import Line, line_chart
@@ -107,13 +108,22 @@ def stages_table(receipt: dict[str, Any]) -> str:
 
 def receipt_list(receipt: dict[str, Any]) -> str:
     """Everything that makes the numbers comparable, as it stands in metrics.json."""
-    rows = []
-    for key, value in receipt.items():
-        if key == "stages":
-            continue
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        rows.append(f"<dt>{html.escape(key.replace('_', ' '))}</dt><dd>{html.escape(text)}</dd>")
-    return f'<dl class="receipt">{"".join(rows)}</dl>'
+    return _listed({key: value for key, value in receipt.items() if key != "stages"})
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<dt>{html.escape(key.replace('_', ' '))}</dt><dd>{_shown(value)}</dd>" for key, value in values.items()
+    )
+    return f'<dl class="receipt">{rows}</dl>'
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return _listed(value)
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return "".join(map(_listed, value))
+    return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def curve_charts(curve: Curve) -> list[str]:

@@ -73,6 +73,6 @@ def _plain(found: Explanation) -> dict[str, Any]:
 
 
 def _bytes(grids: np.ndarray, low: float, high: float) -> bytes:
-    """Values from `low` to `high` as 0 to 255, in the order word, row, column."""
-    scaled = (grids - low) / (high - low) if high > low else np.zeros_like(grids)
+    """Values from `low` to `high` as 0 to 255, those beyond cut off, in the order word, row, column."""
+    scaled = ((grids - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(grids)
     return np.rint(scaled * 255).astype(np.uint8).tobytes()
