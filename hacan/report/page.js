@@ -75,7 +75,7 @@
       const canvas = maps.children[k + 1].querySelector("canvas");
       canvas.width = width;
       canvas.height = height;
-      const context = canvas.getContext("2d");
+      const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(picture, 0, 0);
       const pixels = context.getImageData(0, 0, width, height);
       const cells = stream.rows * stream.columns;
@@ -94,7 +94,10 @@
 
   const chooseWord = (number, focus = false) => {
     word = number;
-    [...words.children].forEach((button, k) => button.setAttribute("aria-pressed", k === number));
+    [...words.children].forEach((button, k) => {
+      button.setAttribute("aria-pressed", k === number);
+      button.tabIndex = k === number ? 0 : -1;  // Tab leads to the chosen word, arrows from there to its neighbours
+    });
     if (focus) words.children[number].focus();
     draw();
   };

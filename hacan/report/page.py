@@ -194,6 +194,10 @@ def _heatmaps(viewer: dict[str, Any] | None, members: Sequence[str]) -> str:
     return _section("heatmaps", "Heatmaps, word by region", body)
 
 
+def _text(caption: str) -> str:
+    return html.escape(caption) if caption.strip() else "<em>(empty)</em>"
+
+
 class _Cards:
     """Queries as cards; each picture is read once."""
 
@@ -228,7 +232,7 @@ class _Cards:
                 f'<ol class="texts">{listed}</ol></article>'
             )
         return (
-            f'<article class="query"><p class="asked">“{html.escape(self._captions[query.index])}”</p>{rank}'
+            f'<article class="query"><p class="asked">“{_text(self._captions[query.index])}”</p>{rank}'
             f'<ol class="pictures">{listed}</ol></article>'
         )
 
@@ -248,7 +252,7 @@ class _Cards:
         )
         head = f'<span class="place">{place}{mark}</span>'
         if query.direction == "i2t":
-            return f'<li class="{style}">{head} <span>{html.escape(self._captions[item.index])} {button}</span></li>'
+            return f'<li class="{style}">{head} <span>{_text(self._captions[item.index])} {button}</span></li>'
         return f'<li class="{style}">{self._picture(item.index)}<div>{head} {button}</div></li>'
 
     def _picture(self, image: int) -> str:
