@@ -14,19 +14,12 @@ from typing import Any
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.11
 
-from sacred.observers import FileStorageObserver  # noqa: E402
 from sacred.run import Run  # noqa: E402
 
 from config import ex  # noqa: E402
-from hacan.process import is_first_process, one_line_errors  # noqa: E402
+from hacan.process import is_first_process, must_be_writable, one_line_errors  # noqa: E402
+from hacan.run_record import RunRecord  # noqa: E402
 from hacan.settings import Settings  # noqa: E402
-
-
-class RunRecord(FileStorageObserver):
-    """Sacred's record of a run; metrics.json in it is the evaluation's, with its receipt."""
-
-    def log_metrics(self, metrics_by_name: dict[str, Any], info: dict[str, Any]) -> None:
-        """Leave metrics.json alone, which Sacred would rewrite every ten seconds; scalars go to the CSV log."""
 
 
 @ex.config_hook
@@ -35,6 +28,7 @@ def judge_and_record(config: dict[str, Any], command_name: str, logger: Any) -> 
     if command_name == "main":
         with one_line_errors():
             run = Settings.from_flat(config).run
+            must_be_writable(Path(run.log_dir) / run.exp_name, key=f"log_dir={run.log_dir}")
         if not is_first_process():
             logging.disable(logging.INFO)  # the first one says it
             logging.getLogger(ex.path).setLevel(logging.ERROR)  # nor do they mind that they have no observer

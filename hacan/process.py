@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from hacan.errors import UserError
@@ -17,6 +19,16 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
+def must_be_writable(folder: Path, *, key: str) -> None:
+    """Refuse a folder that no file can be made in, before anything is done; `key`: the setting that names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise UserError(f"{key}: nothing can be written to {folder} ({error.strerror}); give another folder") from error
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """A mistake that a person can mend ends the program with its one line and status 2, without a traceback."""
@@ -27,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        where = error.filename or "a log or a feature file"
+        where = error.filename2 or error.filename or "a log or a feature file"  # of a copy its target
         _fail(f"{error.strerror}: {where}; free space there, then go on with resume_from=last", error)
     except RuntimeError as error:
         if not any(words in str(error) for words in GONE):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -14,19 +14,41 @@ def atomic_save(content: Any, path: str | Path) -> None:
     """`torch.save` in one step, as the file system sees it: a crash or a full disk leaves the file that was there."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    written = None
     try:
         with open(partial, "wb") as file:
-            torch.save(content, file)
+            written = _Written(file)
+            torch.save(content, written)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         kept = f"; the {path.name} that was there is kept" if path.exists() else ""
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        cause = written.error if written is not None and written.error is not None else error
+        reason = getattr(cause, "strerror", None) or str(cause).strip().splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}{kept}. Free space there, or give save_path=PATH") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _Written:
+    """A file that remembers why a write failed: torch's writer makes "unexpected pos 64 vs 0" of a full disk."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """Write to the file."""
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Leave it to the end: a second failure there would hide the first."""
 
 
 def file_hash(path: str | Path) -> str:

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_json import ANY_JSON, damaged, error_of, records_or_user_error
+from bad_json import ANY_JSON, LEAVES, damaged, error_of, nested, records_or_user_error
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datamodules.coco_ids import parse_annotations, read_coco_ids
 from datamodules.readers import read_records
@@ -128,7 +129,7 @@ def test_wrong_types_say_where(tmp_path, change, part):
 
 
 @settings(max_examples=100, deadline=None)
-@given(content=ANY_JSON | damaged(YEARS["train2014"]))
+@given(content=ANY_JSON | damaged(YEARS["train2014"]) | st.builds(nested, st.integers(1, 12), LEAVES))
 def test_any_json_gives_annotations_or_one_line(content):
     def read():
         found = parse_annotations(content, YEARS_FOLDER, where="x.json")

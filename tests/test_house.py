@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = [
     "hacan.errors",
     "hacan.process",
+    "hacan.run_record",
     "hacan.lock",
     "hacan.types",
     "hacan.settings",
