@@ -54,7 +54,9 @@ class DataSettings:
     max_text_len: int = _key("tokens of a caption at most, [CLS] and [SEP] included", low=3, high=512)
     tokenizer: str = _key("hub name, folder or vocab.txt; `scenes`: the vocabulary of the embedded demo")
     batch_size: int = _key("pairs per optimiser step, all processes together", low=1)
-    per_gpu_batchsize: int = _key("pairs per forward pass of one process; gradients accumulate up to batch_size", low=1)
+    per_gpu_batchsize: int = _key(
+        "pairs per forward pass of one process at most; gradients accumulate up to batch_size", low=1
+    )
     num_workers: int = _key("processes that decode pictures; 0: the training process itself", low=0, high=1024)
     on_bad_image: str = _key("what an unreadable picture does in training", choices=("error", "skip"))
     scenes_pictures: tuple[int, ...] = _key("embedded demo: pictures drawn for train, val and test")
@@ -247,7 +249,13 @@ def _check_together(settings: Settings) -> None:
     """Rules between keys."""
     run, data, model = settings.run, settings.data, settings.model
     processes = settings.train.num_gpus * settings.train.num_nodes
-    if data.batch_size % (min(data.per_gpu_batchsize, data.batch_size) * processes):
+    together = min(data.per_gpu_batchsize * processes, data.batch_size)  # pairs of one forward pass of all processes
+    if data.batch_size % processes:
+        raise UserError(
+            f"batch_size={data.batch_size} cannot be shared out evenly among {processes} processes (num_gpus x "
+            "num_nodes): give a multiple of them"
+        )
+    if data.batch_size % together:  # together is a multiple of processes, as both of its sides are
         raise UserError(
             f"batch_size={data.batch_size} is not a multiple of per_gpu_batchsize={data.per_gpu_batchsize} times "
             f"{processes} process(es) (num_gpus x num_nodes): give a per_gpu_batchsize whose multiple it is, since "

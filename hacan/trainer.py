@@ -69,7 +69,7 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
         strategy=strategy if processes > 1 else "auto",
         precision=precision_here(train, on_gpu=on_gpu),
         max_epochs=train.max_epoch,
-        accumulate_grad_batches=data.batch_size // (min(data.per_gpu_batchsize, data.batch_size) * processes),
+        accumulate_grad_batches=data.batch_size // min(data.per_gpu_batchsize * processes, data.batch_size),
         use_distributed_sampler=False,  # ours shards each global batch itself, and knows its place after a resume
         deterministic=True if train.deterministic else None,
         logger=[

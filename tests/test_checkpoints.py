@@ -140,10 +140,10 @@ LEFTOVERS = ("fc1", "cross_modal_text_transform_1", "cross_modal_image_transform
 class Release:
     """The public release in miniature: its state dict under its own names, and what it computes, written out."""
 
-    def __init__(self):
+    def __init__(self, words=BERT["vocab_size"], positions=20):
         torch.manual_seed(3)
         self.image = original_convnext_state(DEPTHS, DIMS, classes=13)
-        self.text = BertModel(BertConfig(**BERT, max_position_embeddings=20)).eval()
+        self.text = BertModel(BertConfig(**BERT | {"vocab_size": words}, max_position_embeddings=positions)).eval()
         layers = {
             "cross_modal_text_transform": (WIDTH, 128),
             "cross_modal_text_transform_2": (WIDTH, 128),

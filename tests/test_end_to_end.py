@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from test_checkpoints import Release
 from tiny_run import TINY_DEMO, run_py
 
 from hacan.callbacks import BEST, LAST
@@ -101,6 +102,22 @@ def test_test_only_repeats_the_figures_and_an_ensemble_has_two_members(run, tmp_
     assert both.returncode == 0, both.stderr
     members = figures(tmp_path / "demo" / "2")["receipt"]["members"]
     assert [member["checkpoint"] for member in members] == [str(best), str(last)]
+
+
+@pytest.mark.slow
+def test_test_only_of_the_public_release_lists_what_became_of_its_tensors(run, tmp_path):
+    _, arguments, _ = run
+    path = tmp_path / "release.ckpt"
+    torch.save({"epoch": 9, "state_dict": Release(words=150, positions=64).state()}, path)
+    updates = {**arguments, "log_dir": tmp_path, "test_only": True, "checkpoint": path}
+    done = run_py(**updates)
+    assert done.returncode == 0, done.stderr
+    assert "release checkpoint; " in done.stderr and "convnexts.* -> image_encoder.*" in done.stderr
+    assert "none missing, 12 ignored (convnexts.head.weight" in done.stderr
+    assert "hierarchical K=50" in done.stdout
+    found = figures(tmp_path / "demo" / "1")
+    assert found["receipt"]["members"][0]["checkpoint"] == str(path)
+    assert 0 <= found["hierarchical"]["rsum"] <= 600
 
 
 @pytest.mark.parametrize(

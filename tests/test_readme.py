@@ -28,11 +28,36 @@ def test_the_readme_has_commands_of_each_kind():
     assert sum(command.startswith("python run.py with") for command in COMMANDS) >= 5
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python run.py with")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "run.py with" in c])
 def test_each_run_is_a_valid_config(command):
-    updates, named = get_config_updates(shlex.split(command)[3:])
+    words = shlex.split(command)
+    updates, named = get_config_updates(words[words.index("run.py") + 2 :])
     run = ex._create_run("print_config", config_updates=updates, named_configs=named)
     Settings.from_flat(dict(run.config.items()))
+
+
+def number_of(command, option):
+    found = re.search(rf"--{option}=(\d+)", command)
+    return int(found[1]) if found else 1
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("torchrun ", "srun "))])
+def test_launchers_start_as_many_processes_as_the_settings_say(command):
+    words = dict(word.split("=") for word in shlex.split(command) if re.match(r"num_(gpus|nodes)=", word))
+    assert int(words["num_gpus"]) == number_of(command, "nproc_per_node") * number_of(command, "ntasks-per-node")
+    assert int(words.get("num_nodes", 1)) == number_of(command, "nnodes") * number_of(command, "nodes")
+
+
+def test_both_launchers_are_described():
+    assert {command.split()[0] for command in COMMANDS} >= {"torchrun", "srun"}
+
+
+def test_the_options_of_torchrun_are_its_own():
+    from torch.distributed.run import get_args_parser
+
+    for command in (c for c in COMMANDS if c.startswith("torchrun ")):
+        options = get_args_parser().parse_args(shlex.split(command)[1:])
+        assert options.training_script == "run.py"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

@@ -94,6 +94,8 @@ def test_settings_are_frozen(defaults):
         ({"lr_decay": 1.5}, "lr_decay=1.5: expected a number above 0 up to 1"),
         ({"datasets": ["f30k", "coco"]}, "datasets=['f30k', 'coco']: expected one data set"),
         ({"per_gpu_batchsize": 48}, "batch_size=64 is not a multiple of per_gpu_batchsize=48"),
+        ({"num_gpus": 3}, "batch_size=64 cannot be shared out evenly among 3 processes"),
+        ({"num_gpus": 4, "per_gpu_batchsize": 12}, "batch_size=64 is not a multiple of per_gpu_batchsize=12 times 4"),
         ({"test_only": True}, "test_only=True needs checkpoint=PATH"),
         ({"test_only": True, "checkpoint": "a", "resume_from": "last"}, "resume_from goes on with a training"),
         ({"checkpoint": "[a.ckpt, b.ckpt]"}, "several checkpoints are an ensemble"),

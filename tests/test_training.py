@@ -6,9 +6,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from datamodules.sampling import TrainingOrder
 from hacan.errors import UserError
 from hacan.losses import global_loss, hard_negatives, triplet_ranking_loss, triplet_ranking_loss_all
-from hacan.trainer import build_training, precision_here
+from hacan.trainer import build_trainer, build_training, precision_here
 from hacan.types import PairBatch
 
 
@@ -210,3 +211,18 @@ def test_half_precision_falls_back_on_a_cpu(make_settings, caplog):
     assert precision_here(train, on_gpu=True) == "16-mixed"
     assert precision_here(train, on_gpu=False) == "32-true"
     assert "16-mixed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("per_gpu", "gpus", "nodes", "accumulated"),
+    [(64, 1, 1, 1), (64, 4, 1, 1), (64, 4, 2, 1), (8, 4, 1, 2), (8, 2, 2, 2)],
+)
+def test_gradients_accumulate_up_to_the_batch_of_all_processes(
+    make_settings, tmp_path, per_gpu, gpus, nodes, accumulated
+):
+    """With more processes than pairs of a forward pass need, each takes a smaller share: the batch stays the same."""
+    settings = make_settings(batch_size=64, per_gpu_batchsize=per_gpu, num_gpus=gpus, num_nodes=nodes)
+    trainer = build_trainer(settings, run_folder=tmp_path, checkpoint_folder=tmp_path)
+    order = TrainingOrder(n_pairs=640, batch_size=64, per_gpu_batchsize=per_gpu, seed=0, world_size=gpus * nodes)
+    assert trainer.accumulate_grad_batches == accumulated
+    assert accumulated * len(next(iter(order))) * gpus * nodes == 64
