@@ -7,17 +7,20 @@ are synthetic. Needs 3.8 GB of disk for 10,000 pictures. Run it with nothing els
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from synthetic_vectors import Embeddings
 from tqdm import tqdm
 from transformers import BertTokenizerFast
 
@@ -31,7 +34,7 @@ from hacan.settings import ModelSettings
 WIDTH = 768
 SENTENCE = "two dogs run on grass with a man with a red hat"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(SENTENCE.split())]
-REPEATS = 20
+REPEATS, BATCH = 20, 16
 
 
 def full_size_model() -> Pretrained:
@@ -46,14 +49,6 @@ def full_size_model() -> Pretrained:
     return Pretrained(model=model, tokenizer=tokenizer, image_size=224, centre_crop=True, max_text_len=32)
 
 
-def unit_vectors(number: int, generator: np.random.Generator) -> np.ndarray:
-    """[number, 768] float32 around 1,000 centres, for embeddings of pictures come in clusters."""
-    centres = np.random.default_rng(7).standard_normal((1000, WIDTH)).astype(np.float32)
-    vectors = centres[generator.integers(0, 1000, number)]
-    vectors += generator.standard_normal(vectors.shape, dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def timed(function: Callable[[], object]) -> tuple[float, float]:
     """Median and largest of REPEATS calls after a warm-up, in ms."""
     function()
@@ -65,24 +60,31 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
     return statistics.median(times), max(times)
 
 
+def payload(row: int) -> dict[str, Any]:
+    """As an indexed picture has it."""
+    return {"hash": f"{row:040x}", "paths": [f"/pictures/{row:07d}.jpg"]}
+
+
 def fill_store(store: VectorStore, collection: str, vectors: np.ndarray) -> None:
-    """Put all vectors, a thousand at a time."""
-    for start in tqdm(range(0, len(vectors), 1000), desc="storing vectors", unit="thousand"):
-        rows = range(start, min(start + 1000, len(vectors)))
-        payloads = [{"hash": f"{row:040x}", "paths": [f"/pictures/{row:07d}.jpg"]} for row in rows]
-        store.put(collection, rows, vectors[start : rows.stop], payloads)
+    """Put all vectors, BATCH at a time as an indexing does."""
+    for start in tqdm(range(0, len(vectors), BATCH), desc="storing vectors", unit="batch", mininterval=5):
+        rows = range(start, min(start + BATCH, len(vectors)))
+        store.put(collection, rows, vectors[rows], [payload(row) for row in rows])
 
 
 def measure_queries(pictures: int, folder: Path) -> None:
     """The whole query, and its stages, with the model loaded."""
     generator = np.random.default_rng(0)
     index = Index.create(folder / "index", model=full_size_model())
-    fill_store(index._store, index._collections[PICTURES], unit_vectors(pictures, generator))
-    for file in index._files[PICTURES]:
-        noise = generator.standard_normal((64, *file.shape)).astype(np.float32)
-        for start in tqdm(range(0, pictures, 64), desc=f"writing {file.path.name}", unit="batch"):
-            rows = range(start, min(start + 64, pictures))
-            file.write(rows, noise[: len(rows)])
+    shelf = index.shelves[PICTURES]
+    pooled = Embeddings(WIDTH).draw(pictures, generator)
+    high, mid = (generator.standard_normal((BATCH, *file.shape)).astype(np.float32) for file in (shelf.high, shelf.mid))
+    start = time.perf_counter()
+    for first in tqdm(range(0, pictures, BATCH), desc="storing items", unit="batch", mininterval=5):
+        rows = range(first, min(first + BATCH, pictures))
+        some = slice(0, len(rows))
+        shelf.put(rows, high=high[some], mid=mid[some], pooled=pooled[rows], payloads=[payload(row) for row in rows])
+    print(f"stored {pictures:,} items with their features in {time.perf_counter() - start:.0f} s", flush=True)
     query = index.pretrained.encode_texts([SENTENCE])
     hits = index.shortlist(query.pooled[0], PICTURES, SHORTLIST)
     print(f"\n| text query, {pictures:,} pictures, K = {SHORTLIST} | median ms | max ms |\n| --- | --- | --- |")
@@ -98,19 +100,30 @@ def measure_queries(pictures: int, folder: Path) -> None:
 
 def measure_coarse(sizes: list[int], folder: Path) -> None:
     """The coarse stage in the store, against brute force."""
-    print("\n| vectors | coarse median ms | max ms | recall of the exact 50 |\n| --- | --- | --- | --- |")
+    lines = [
+        "\n| vectors | fill s | open again s | coarse median ms | max ms | recall of the exact 50 |",
+        "|" + " --- |" * 6,
+    ]
     for number in sizes:
         generator = np.random.default_rng(1)
-        vectors, queries = unit_vectors(number, generator), unit_vectors(REPEATS, generator)
+        vectors, queries = (Embeddings(WIDTH).draw(n, generator) for n in (number, REPEATS))
         store = VectorStore(folder / f"coarse-{number}")
         store.make("vectors", width=WIDTH)
+        start = time.perf_counter()
         fill_store(store, "vectors", vectors)
+        filled = time.perf_counter() - start
+        store.close()
+        start = time.perf_counter()
+        store = VectorStore(folder / f"coarse-{number}")
+        opened = time.perf_counter() - start
         found = [{hit.row for hit in store.nearest("vectors", query, SHORTLIST)} for query in queries]
         exact = [set(np.argsort(-(vectors @ query), kind="stable")[:SHORTLIST].tolist()) for query in queries]
         recall = np.mean([len(one & other) / SHORTLIST for one, other in zip(found, exact, strict=True)])
         median, largest = timed(lambda store=store, query=queries[0]: store.nearest("vectors", query, SHORTLIST))
-        print(f"| {number:,} | {median:.1f} | {largest:.1f} | {recall:.4f} |", flush=True)
+        lines.append(f"| {number:,} | {filled:.1f} | {opened:.1f} | {median:.1f} | {largest:.1f} | {recall:.4f} |")
         store.close()
+        shutil.rmtree(folder / f"coarse-{number}")
+        print(*(lines if number == sizes[-1] else lines[-1:]), sep="\n", flush=True)
 
 
 def main() -> None:

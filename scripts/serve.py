@@ -6,6 +6,7 @@ Exit status: 0 ended, 2 something is to be mended.
 """
 
 import argparse
+import socket
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     options = parser.parse_args(arguments)
     try:
+        _check_free(options.host, options.port)  # before the model is loaded
+
         import uvicorn
 
         from hacan.search import Index
@@ -38,6 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_free(host: str, port: int) -> None:
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(kind, socket.SOCK_STREAM) as wanted:
+            wanted.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            wanted.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port} ({error}): give another one with --port") from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
 """The index over one's own pictures: the shortlist and the order of brute force, updates, interruptions, mistakes."""
 
+import contextlib
 import os
 import pathlib
 import runpy
 import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
@@ -132,6 +139,20 @@ def test_the_store_ranks_as_brute_force_with_ties(tmp_path):
         expected = np.argsort(-scores.round(6), kind="stable")[:13].tolist()
         assert [hit.row for hit in store.nearest("things", query, 13)] == expected
     store.close()
+
+
+def test_the_local_store_keeps_a_write_ahead_log(tmp_path):
+    store = VectorStore(tmp_path / "vectors")
+    store.make("things", width=7)
+    store.put("things", [3], np.eye(7, dtype=np.float32)[:1], [{"hash": "a"}])
+    (database,) = (tmp_path / "vectors").rglob("*.sqlite")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("SELECT count(*) FROM points").fetchone() == (1,)  # on the disk, the store still open
+    store.close()
+    again = VectorStore(tmp_path / "vectors")
+    assert [item.row for item in again.items("things")] == [3]
+    again.close()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"text": " "}, {"text": "a dog", "image": "x.png"}])
@@ -325,3 +346,59 @@ def test_the_scripts_index_and_search(trained_checkpoint, folder, tmp_path, caps
     assert all(text in printed for text in TEXTS) and sheet.read_text().count("<li") == 5
     assert search_main([place]) == 2 and search_main([str(tmp_path / "nowhere"), "a cat"]) == 2
     assert "one of the two" in (errors := capsys.readouterr().err) and "is no index" in errors
+
+
+def test_nothing_is_asked_of_the_network(trained_checkpoint, folder, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(*arguments, **keywords):
+        asked.append(arguments)
+        raise OSError("there is no network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    place = str(tmp_path / "made")
+    (tmp_path / "texts.csv").write_text("caption\n" + "\n".join(TEXTS) + "\n")
+    index_main = runpy.run_path(str(ROOT / "scripts" / "index.py"))["main"]
+    search_main = runpy.run_path(str(ROOT / "scripts" / "search.py"))["main"]
+    captions = ["--captions", str(tmp_path / "texts.csv")]
+    assert index_main([str(folder), "--index", place, "--model", str(trained_checkpoint), *captions]) == 0
+    assert search_main([place, "a cat", "--explain", "--html", str(tmp_path / "found.html")]) == 0
+    assert search_main([place, "--image", str(folder / "1.png")]) == 0
+    assert asked == []
+
+
+@pytest.mark.slow
+def test_a_killed_indexing_goes_on(trained_checkpoint, tmp_path):
+    for seed in range(90):
+        draw(tmp_path / "pictures" / f"{seed:02d}.png", seed)
+    place = tmp_path / "made"
+    command = [sys.executable, str(ROOT / "scripts" / "index.py"), str(tmp_path / "pictures"), "--index", str(place)]
+    # each batch waits, so that the end comes in the middle
+    slow = (
+        "import runpy, sys, time; from hacan.search.store import VectorStore as S; put = S.put\n"
+        "S.put = lambda *a: (put(*a), time.sleep(0.3))\n"
+        "sys.argv = sys.argv[1:]; sys.exit(runpy.run_path(sys.argv[0])['main']())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", slow, *command[1:], "--model", str(trained_checkpoint)], env=environment
+    ) as process:
+        while process.poll() is None and not (place.is_dir() and _stored(place) >= 32):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    kept = _stored(place)
+    assert 32 <= kept < 90
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"90 pictures ({90 - kept} added, {kept} kept" in done.stdout
+
+
+def _stored(place):
+    """Points of the pictures' collection, as another process sees them."""
+    for database in place.rglob("*_pictures/storage.sqlite"):
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as connection:
+            return connection.execute("SELECT count(*) FROM points").fetchone()[0]
+    return 0

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import pathlib
+import runpy
 import shutil
 import socket
 import struct
@@ -25,8 +26,9 @@ import uvicorn
 from hacan.errors import UserError
 from hacan.pretrained import Pretrained
 from hacan.search import Index, server
-from hacan.search.pictures import picture_of_upload
+from hacan.search.upload import picture_of_upload
 
+ROOT = pathlib.Path(__file__).parent.parent
 TEXTS = ["a dog runs", "a small red cat sits on the grass", "the blue dog"]
 
 
@@ -160,6 +162,35 @@ def test_words_are_mapped(address, index):
     assert asked(address, "/api/explain?row=99&text=cat")[0] == 404
 
 
+def test_a_sentence_without_words_is_explained(address, index):
+    row = index.rows()[0].row
+    assert len(answered(address, "/api/search?text=%E2%80%8B")["results"]) == 5  # a space of no width
+    status, _, content = asked(address, f"/api/explain?row={row}&text=%E2%80%8B")
+    assert status == 400 and b"no word" in content
+
+
+def test_the_script_listens_on_this_machine_alone_unless_told_otherwise(index, monkeypatch):
+    seen = []
+    main = runpy.run_path(str(ROOT / "scripts" / "serve.py"))["main"]
+    monkeypatch.setattr(Index, "open", lambda path, **keywords: contextlib.nullcontext(index))
+    monkeypatch.setattr(uvicorn, "run", lambda app, **keywords: seen.append((app, keywords)))
+    assert main(["an index"]) == 0 and main(["an index", "--host", "0.0.0.0"]) == 0
+    assert [keywords["host"] for _, keywords in seen] == ["127.0.0.1", "0.0.0.0"]
+    for (app, _), status in zip(seen, (400, 200), strict=True):
+        with serving(app) as address:
+            assert asked(address, "/api/about", headers={"Host": "my-machine.lan"})[0] == status
+
+
+def test_a_port_that_is_taken_is_named(index, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "scripts" / "serve.py"))["main"]
+    monkeypatch.setattr(Index, "open", lambda path, **keywords: contextlib.nullcontext(index))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["an index", "--port", str(taken.getsockname()[1])]) == 2
+    assert "give another one with --port" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------- limits
 
 
@@ -175,7 +206,7 @@ def test_uploads_are_judged_before_they_are_decoded(address, monkeypatch):
         (b"no picture", b"is no JPEG, PNG or WebP"),
         (b"\0" * 9, b"is no JPEG, PNG or WebP"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"is no JPEG, PNG or WebP"),
-        (png_that_claims(20_000, 20_000), b"far more than 50 million pixels"),
+        (png_that_claims(20_000, 20_000), b"20000 x 20000 pixels"),
         (png_that_claims(9000, 8000), b"9000 x 8000 pixels"),
         (png_that_claims(40, 30), b"damaged"),
     ):
@@ -183,7 +214,7 @@ def test_uploads_are_judged_before_they_are_decoded(address, monkeypatch):
         assert status == 400 and message in content, content
     monkeypatch.setattr(server, "MOST_BYTES", 1000)
     assert asked(address, "/api/search", body=b"x" * 1001)[0] == 413
-    with pytest.raises(UserError, match="1 million at most"):
+    with pytest.raises(UserError, match="more than 1,000,000 are not decoded"):
         picture_of_upload(png_that_claims(1001, 1000), most_pixels=1_000_000)
 
 
@@ -256,6 +287,20 @@ class Browser:
         keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
         self("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
 
+    def hover(self, css):
+        move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": {self.ELEMENT: self.find(css)}}
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
+        self("POST", "/actions", {"actions": [mouse]})
+
+    def drop(self, content):
+        """Drop a file of that content on the page, the answer to the question before it having been shown."""
+        self.run(
+            f"const bytes = Uint8Array.from(atob('{base64.b64encode(content).decode()}'), (c) => c.charCodeAt(0));"
+            "const carried = new DataTransfer(); carried.items.add(new File([bytes], 'dropped.png'));"
+            "document.getElementById('status').textContent = '';"
+            "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: carried, bubbles: true}))"
+        )
+
     def wait(self, condition):
         for _ in range(600):
             if value := self.run(f"return {condition}"):
@@ -293,7 +338,7 @@ def open_browser(tmp_path):
     process.wait()
 
 
-TAB = "\ue004"
+TAB, ENTER = "\ue004", "\ue007"
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -303,7 +348,7 @@ def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path,
     assert width - 20 <= browser.run("return document.documentElement.clientWidth") <= width
     browser.wait("document.getElementById('about').textContent.includes('5 pictures, 3 texts')")
     browser.type("#text", "a red cat runs")
-    browser.click("#ask button")
+    browser.type("#text", ENTER) if width == 1280 else browser.click("#ask button")
     browser.wait("document.querySelectorAll('#chips button').length === 4")
     names = browser.run("return [...document.querySelectorAll('#results strong')].map((e) => e.textContent)")
     assert names == [f"{r.rank}. {r.name.rsplit('/', 1)[1]}" for r in index.search("a red cat runs")]
@@ -320,8 +365,18 @@ def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path,
     browser.wait(mapped.format("red", 5))
     browser.run("document.activeElement.blur(); return 1")
     browser.wait(mapped.format("red", 0))
+    if width == 1280:
+        browser.hover("#chips button:nth-child(4)")
+        browser.wait(mapped.format("runs", 5))
+        browser.hover("h1")
+        browser.wait(mapped.format("runs", 0))
+    columns = browser.run("return new Set([...document.querySelectorAll('#results li')].map((e) => e.offsetLeft)).size")
+    assert columns == (2 if width == 400 else 4)
     browser.type("#file", str(pictures / "2 <b>.png"))
     browser.wait("document.querySelectorAll('#results.texts li').length === 3")
+    browser.wait("!document.getElementById('asked').hidden && document.getElementById('asked').naturalWidth === 90")
+    browser.drop((pictures / "3 <b>.png").read_bytes())
+    browser.wait("document.getElementById('status').textContent === '3 texts, best first'")
     browser.click("#find option[value=pictures]")
     browser.type("#file", str(pictures / "2 <b>.png"))
     browser.wait("document.querySelector('#results.pictures strong')?.textContent === '1. 2 <b>.png'")

@@ -1,8 +1,7 @@
 """The index: pictures encoded once, found by sentences or by pictures, coarse to fine as in the evaluator.
 
 A folder holds index.json (the model, the shapes, where the vectors are), the float16 files of the fine features, and,
-unless a server keeps them, the vectors. An item is a content: a file that moves keeps its features, a copy is a second
-path of one item. The store's entry is written after the features, so that what it lists is complete.
+unless a server keeps them, the vectors.
 """
 
 import contextlib
@@ -10,23 +9,21 @@ import fcntl
 import json
 import uuid
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hacan.alignment import pack_texts
 from hacan.errors import UserError
-from hacan.pixels import read_picture
 from hacan.pretrained import Pretrained
 from hacan.retrieval.features import hash_of_tensors
 from hacan.retrieval.store import write_atomically
-from hacan.search.folder import hash_of_file, hash_of_text, pictures_below
+from hacan.search.following import Update, follow_folder, follow_texts
 from hacan.search.rows import RowFile
+from hacan.search.shelf import Shelf
 from hacan.search.store import Hit, Item, VectorStore
 from hacan.types import EncodedImages, EncodedTexts
 
@@ -46,16 +43,6 @@ class Result(NamedTuple):
     fine: float | None  # fine similarity, which orders; None between two pictures, for which the method has none
 
 
-class Update(NamedTuple):
-    """What an update did, in items."""
-
-    added: int
-    kept: int
-    moved: int  # kept, under other paths
-    removed: int
-    bad: list[tuple[str, str]]  # path, reason
-
-
 class Index:
     """Pictures (and texts) of a user, searchable with one model. `create` or `open` one; use it in a `with`."""
 
@@ -63,14 +50,17 @@ class Index:
         self.path, self.about, self.pretrained = path, about, pretrained
         high, mid, width = about["shapes"]["high"], about["shapes"]["mid"], about["shapes"]["width"]
         words = about["max_text_len"]
-        self._files = {
-            PICTURES: [RowFile(path / "high.f16", (high, width)), RowFile(path / "mid.f16", (mid, width))],
-            TEXTS: [RowFile(path / "text_high.f16", (words, width)), RowFile(path / "text_mid.f16", (words, width))],
-        }
         self._store = VectorStore(about["store"] or path / "vectors")
-        self._collections = {kind: f"hacan_{about['name']}_{kind}" for kind in (PICTURES, TEXTS)}
-        for collection in self._collections.values():
-            self._store.make(collection, width=width)
+        self.shelves = {
+            kind: Shelf(
+                self._store,
+                f"hacan_{about['name']}_{kind}",
+                high=RowFile(path / f"{prefix}high.f16", (of_high, width)),
+                mid=RowFile(path / f"{prefix}mid.f16", (of_mid, width)),
+                width=width,
+            )
+            for kind, prefix, of_high, of_mid in ((PICTURES, "", high, mid), (TEXTS, "text_", words, words))
+        }
 
     @classmethod
     def create(
@@ -138,15 +128,15 @@ class Index:
 
     def count(self, kind: str = PICTURES) -> int:
         """How many pictures, or `texts`, it holds."""
-        return self._store.count(self._collections[kind])
+        return self.shelves[kind].count()
 
     def item(self, row: int, kind: str = PICTURES) -> Item | None:
         """What is at a row: payload `paths` of a picture, `text` of a text; None where nothing is."""
-        return self._store.item(self._collections[kind], row)
+        return self.shelves[kind].item(row)
 
     def rows(self, kind: str = PICTURES) -> list[Item]:
         """Every item of a kind."""
-        return list(self._store.items(self._collections[kind]))
+        return self.shelves[kind].items()
 
     # ----------------------------------------------------------------------------------------------------- building
 
@@ -156,94 +146,15 @@ class Index:
         Known contents are not encoded again, wherever their file is now; files that cannot be read are listed.
         Interrupted, it goes on from the last batch when it is called again.
         """
-        folder = Path(folder).resolve()
         with self._writing():
-            paths = pictures_below(folder)
-            bad: list[tuple[str, str]] = []
-            present: dict[str, list[str]] = {}
-            for path in tqdm(paths, desc="reading", unit="file", delay=1, disable=not progress):
-                try:
-                    present.setdefault(hash_of_file(path), []).append(str(path))
-                except OSError as error:
-                    bad.append((str(path), error.strerror or str(error)))
-            items = self.rows()
-            moved, gone = self._settle_known(items, folder, present)
-            known = {item.payload["hash"] for item in items}
-            fresh = [(content, found) for content, found in present.items() if content not in known]
-            rows = _free_rows({item.row for item in items} - set(gone))
-            added = 0
-            bar = tqdm(total=len(fresh), desc="encoding", unit="picture", disable=not progress)
-            for start in range(0, len(fresh), batch_size):
-                part = fresh[start : start + batch_size]
-                added += self._add_pictures(part, rows, bad)
-                bar.update(len(part))
-            bar.close()
-        return Update(added, len(items) - len(gone), moved, len(gone), bad)
+            return follow_folder(
+                self.shelves[PICTURES], self.pretrained, folder, batch_size=batch_size, progress=progress
+            )
 
     def set_texts(self, texts: Sequence[str], *, batch_size: int = 64, progress: bool = True) -> Update:
         """Make the index hold exactly these texts, for pictures to find; known ones are not encoded again."""
-        collection = self._collections[TEXTS]
         with self._writing():
-            items = self.rows(TEXTS)
-            wanted = {hash_of_text(text): text for text in texts}
-            gone = [item.row for item in items if item.payload["hash"] not in wanted]
-            self._store.remove(collection, gone)
-            known = {item.payload["hash"] for item in items}
-            fresh = [(content, text) for content, text in wanted.items() if content not in known]
-            rows = _free_rows({item.row for item in items} - set(gone))
-            bar = tqdm(total=len(fresh), desc="encoding texts", unit="text", disable=not progress)
-            for start in range(0, len(fresh), batch_size):
-                part = fresh[start : start + batch_size]
-                encoded = self.pretrained.encode_texts([text for _, text in part])
-                places = list(islice(rows, len(part)))
-                lengths = encoded.mask.sum(1).tolist()
-                for file, values in zip(self._files[TEXTS], (encoded.high, encoded.mid), strict=True):
-                    padded = np.zeros((len(part), *file.shape), np.float32)
-                    for k, length in enumerate(lengths):  # real tokens first, wherever the tokenizer puts padding
-                        padded[k, :length] = values[k][encoded.mask[k]].float().cpu().numpy()
-                    file.write(places, padded)
-                payloads = [
-                    {"hash": content, "text": text, "tokens": length}
-                    for (content, text), length in zip(part, lengths, strict=True)
-                ]
-                self._store.put(collection, places, encoded.pooled.float().cpu().numpy(), payloads)
-                bar.update(len(part))
-            bar.close()
-        return Update(len(fresh), len(items) - len(gone), 0, len(gone), [])
-
-    def _settle_known(self, items: list[Item], folder: Path, present: dict[str, list[str]]) -> tuple[int, list[int]]:
-        """Take out contents that have left and note moved ones; the number moved, and the rows that became free."""
-        moved, gone = 0, []
-        for item in items:
-            here = present.get(item.payload["hash"], [])
-            elsewhere = [path for path in item.payload["paths"] if not Path(path).is_relative_to(folder)]
-            if here:  # found again below this folder: it has left where no file is now
-                elsewhere = [path for path in elsewhere if Path(path).is_file()]
-            paths = sorted({*here, *elsewhere})
-            if not paths:
-                gone.append(item.row)
-            elif paths != item.payload["paths"]:
-                self._store.describe(self._collections[PICTURES], item.row, {**item.payload, "paths": paths})
-                moved += 1
-        self._store.remove(self._collections[PICTURES], gone)
-        return moved, gone
-
-    def _add_pictures(self, part: list[tuple[str, list[str]]], rows: Iterator[int], bad: list[tuple[str, str]]) -> int:
-        pictures, payloads = [], []
-        for content, paths in part:
-            try:
-                pictures.append(read_picture(paths[0]))
-                payloads.append({"hash": content, "paths": sorted(paths)})
-            except UserError as error:
-                bad += [(path, str(error)) for path in paths]
-        if not pictures:
-            return 0
-        encoded = self.pretrained.encode_images(pictures)
-        places = list(islice(rows, len(pictures)))
-        for file, values in zip(self._files[PICTURES], (encoded.high, encoded.mid), strict=True):
-            file.write(places, values.float().cpu().numpy())
-        self._store.put(self._collections[PICTURES], places, encoded.pooled.float().cpu().numpy(), payloads)
-        return len(pictures)
+            return follow_texts(self.shelves[TEXTS], self.pretrained, texts, batch_size=batch_size, progress=progress)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -292,11 +203,11 @@ class Index:
 
     def shortlist(self, pooled: Tensor, find: str, k: int) -> list[Hit]:
         """The coarse stage: the k items of the highest cosine with a global embedding [d]."""
-        return self._store.nearest(self._collections[find], pooled.float().cpu().numpy(), k)
+        return self.shelves[find].nearest(pooled.float().cpu().numpy(), k)
 
     def features(self, row: int) -> EncodedImages:
         """The fine features of one picture, as stored; its global embedding stays in the store and is zeros here."""
-        high, mid = (torch.from_numpy(file.read([row])).to(self.pretrained.device) for file in self._files[PICTURES])
+        high, mid = self.shelves[PICTURES].features([row], self.pretrained.device)
         return EncodedImages(high, mid, high.new_zeros(1, high.shape[-1]))
 
     @torch.inference_mode()
@@ -306,8 +217,7 @@ class Index:
             return torch.empty(0)
         rows, device = [hit.row for hit in hits], self.pretrained.device
         of_texts = isinstance(query, EncodedImages)
-        kind = TEXTS if of_texts else PICTURES
-        high, mid = (torch.from_numpy(file.read(rows)).to(device) for file in self._files[kind])
+        high, mid = self.shelves[TEXTS if of_texts else PICTURES].features(rows, device)
         pooled = query.pooled.expand(len(rows), -1)  # the fine stage reads none of its side; the container asks for it
         each, one = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64)
         if of_texts:
@@ -326,11 +236,6 @@ def _results(hits: Sequence[Hit], fine: Sequence[float | None]) -> list[Result]:
         )
         for rank, (hit, score) in enumerate(zip(hits, fine, strict=True), start=1)
     ]
-
-
-def _free_rows(used: set[int]) -> Iterator[int]:
-    """Rows that no item holds, from 0."""
-    return (row for row in count() if row not in used)
 
 
 def _loaded(model: str | Path | Pretrained, device: torch.device | str) -> Pretrained:

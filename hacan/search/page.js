@@ -22,11 +22,16 @@ async function answerOf(url, options) {
 async function ask(url, options) {
   const mine = ++asked;
   say("searching …");
+  URL.revokeObjectURL(at("asked").src);
+  at("asked").hidden = !options;
+  if (options) at("asked").src = URL.createObjectURL(options.body);
   try {
     const answer = await answerOf(url, options);
     if (mine === asked) show(answer);
   } catch (error) {
-    if (mine === asked) say(error.message, true);
+    if (mine !== asked) return;
+    at("asked").hidden = true;
+    say(error.message, true);
   }
 }
 

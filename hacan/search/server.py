@@ -5,7 +5,6 @@ work, so that questions that come together wait for each other and none is lost.
 """
 
 import asyncio
-import base64
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,8 +18,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from hacan.errors import UserError
 from hacan.pixels import read_picture
 from hacan.report.heatmaps import STREAM_NAMES, overlay
+from hacan.report.pictures import data_uri, jpeg, shrunk
 from hacan.search.index import PICTURES, TEXTS, Index, Result
-from hacan.search.pictures import jpeg, picture_of_upload
+from hacan.search.upload import picture_of_upload
 from hacan.search.words import explain_features
 
 MOST_BYTES = 20 * 2**20  # of an upload
@@ -94,7 +94,7 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
     async def picture(row: int, size: str = "small") -> Response:
         if size not in SIZES:
             raise UserError(f"size={size!r}: expected {' or '.join(SIZES)}")
-        content = await work(lambda: jpeg(_read(index, row), SIZES[size]))
+        content = await work(lambda: jpeg(shrunk(_read(index, row), SIZES[size])))
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
 
     @app.get("/api/explain")
@@ -145,7 +145,7 @@ def _maps(index: Index, row: int, text: str, stream: str) -> dict[str, Any]:
     found = explain_features(index.pretrained, index.features(row), _read(index, row), text)
     maps = next(maps for maps in found.streams if maps.stream == stream)
     words = [
-        {"word": word.text, "map": "data:image/jpeg;base64," + base64.b64encode(jpeg(shown, MAP)).decode()}
+        {"word": word.text, "map": data_uri(shrunk(shown, MAP))}
         for word, grid in zip(found.words, maps.grids, strict=True)
         for shown in [overlay(found.picture, grid, *maps.range)]
     ]

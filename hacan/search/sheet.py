@@ -10,9 +10,9 @@ from hacan.errors import UserError
 from hacan.pixels import read_picture
 from hacan.pretrained import Pretrained
 from hacan.report.heatmaps import STREAM_NAMES, explain, overlay
+from hacan.report.pictures import data_uri, shrunk
 from hacan.retrieval.store import write_atomically
 from hacan.search.index import Result
-from hacan.search.pictures import data_uri
 
 THUMBNAIL, MAP = 360, 128  # pixels, long side
 EXPLAINED = 5  # results with heatmaps: each is encoded once more
@@ -22,7 +22,9 @@ body { font: 16px/1.4 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80r
 h1 { font-size: 1.4rem } .query { max-height: 14rem; max-width: 100% }
 ol { list-style: none; padding: 0; display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
-li.wide { grid-column: 1 / -1 } figure { margin: 0 } figure > img { width: 100%; height: 13rem; object-fit: contain;
+li.wide { grid-column: 1 / -1; display: grid; gap: 0 1.5rem; grid-template-columns: minmax(0, 1fr) }
+@media (min-width: 50rem) { li.wide:has(> figure > img) { grid-template-columns: 15rem minmax(0, 1fr) } }
+figure { margin: 0 } figure > img { width: 100%; height: 13rem; object-fit: contain;
   background: #eee } figcaption { overflow-wrap: anywhere; font-size: .85rem } .words { display: flex; flex-wrap: wrap;
   gap: .5rem; margin: .5rem 0 } .words figure { width: 8rem; text-align: center }
 .words img { width: 8rem; height: 8rem } p { margin: .3rem 0 }
@@ -51,7 +53,7 @@ def write_sheet(
     explain_with: a model, for heatmaps of the words of the first EXPLAINED pairs of a picture and a text.
     """
     skipped, cards = [], []
-    query = "" if image is None else f'<img class="query" src="{data_uri(read_picture(image), THUMBNAIL)}" alt="query">'
+    query = "" if image is None else f'<img class="query" src="{_thumbnail(image)}" alt="query">'
     for result in results:
         of_texts = image is not None and result.fine is not None
         maps = ""
@@ -59,7 +61,7 @@ def write_sheet(
             if explain_with is not None and result.fine is not None and result.rank <= EXPLAINED:
                 pair = (image, result.name) if of_texts else (result.name, text)
                 maps = _maps(explain_with, *pair)
-            shown = "" if of_texts else f'<img src="{data_uri(read_picture(result.name), THUMBNAIL)}" alt="">'
+            shown = "" if of_texts else f'<img src="{_thumbnail(result.name)}" alt="">'
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -67,7 +69,7 @@ def write_sheet(
         name = result.name if of_texts else Path(result.name).name
         cards.append(
             f"<li{' class=wide' if maps else ''}><figure>{shown}<figcaption><b>{result.rank}.</b> {html.escape(name)}"
-            f"<p>coarse {result.coarse:.4f}{fine}</p></figcaption></figure>{maps}</li>"
+            f"<p>coarse {result.coarse:.4f}{fine}</p></figcaption></figure>{maps and f'<div>{maps}</div>'}</li>"
         )
     title = html.escape(text or f"what {Path(image).name} finds")
     page = (
@@ -81,19 +83,23 @@ def write_sheet(
     return skipped
 
 
+def _thumbnail(path: str | Path) -> str:
+    return data_uri(shrunk(read_picture(path), THUMBNAIL))
+
+
 def _maps(pretrained: Pretrained, picture: str | Path | np.ndarray, text: str) -> str:
     """A line of small heatmaps, a word each, for every stream."""
     found = explain(pretrained, picture, text)
     lines = []
     for stream in found.streams:
         shown = [
-            f'<figure><img src="{data_uri(overlay(found.picture, grid, *stream.range), MAP)}" alt="">'
+            f'<figure><img src="{data_uri(shrunk(overlay(found.picture, grid, *stream.range), MAP))}" alt="">'
             f"<figcaption>{html.escape(word.text)}</figcaption></figure>"
             for word, grid in zip(found.words, stream.grids, strict=True)
             if not word.special
         ]
         lines.append(
-            f"<p>{STREAM_NAMES[stream.stream]}, {html.escape(stream.unit)}: {stream.score:+.4f}</p>"
+            f"<p>{STREAM_NAMES[stream.stream]} adds {stream.score:+.4f}; colours: {html.escape(stream.unit)}</p>"
             f'<div class="words">{"".join(shown)}</div>'
         )
     return "".join(lines)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from hacan.errors import UserError
 from hacan.pixels import evaluation_pixels
 from hacan.pretrained import Pretrained
 from hacan.report.attention import pair_attention
@@ -18,6 +19,8 @@ def explain_features(pretrained: Pretrained, images: EncodedImages, picture: np.
     some = next(iter(attention.values())).values
     words = words_of(text, pretrained.tokenizer, max_text_len=pretrained.max_text_len)
     words = [word for word in words if not word.special and not torch.isnan(some[list(word.tokens)]).any()]
+    if not words:
+        raise UserError(f"the sentence {text!r} has no word that the model reads: there is nothing to map")
     streams = []
     for name, found in attention.items():
         grid = mid if name == "lrg_mid" else high
