@@ -90,6 +90,12 @@ def test_the_sizes_are_the_published_ones():
         load_matches("pm")
 
 
+def test_without_the_package_its_name_is_given(monkeypatch):
+    monkeypatch.setattr("hacan.retrieval.extended.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install eccv_caption==0\.1\.0"):
+        load_matches("eccv")
+
+
 def test_another_split_is_refused():
     pytest.importorskip("eccv_caption")
     top = torch.zeros(3, 1, dtype=torch.int64)

@@ -94,9 +94,10 @@
 
   const chooseWord = (number, focus = false) => {
     word = number;
+    // Tab leads to the chosen word, arrows from there to its neighbours.
     [...words.children].forEach((button, k) => {
       button.setAttribute("aria-pressed", k === number);
-      button.tabIndex = k === number ? 0 : -1;  // Tab leads to the chosen word, arrows from there to its neighbours
+      button.tabIndex = k === number ? 0 : -1;
     });
     if (focus) words.children[number].focus();
     draw();

@@ -76,7 +76,7 @@ def judged_table(evaluation: Evaluation) -> str:
         cells = "".join(f"<td>{number(evaluation.extended[key][direction])}</td>" for direction in DIRECTIONS)
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     title = "judged matches of ECCV Caption and CxC, hierarchical, %"
-    return f'<div class="tables">{_table(title, list(DIRECTIONS.values()), rows)}</div>'
+    return f'<div class="judged">{_table(title, list(DIRECTIONS.values()), rows)}</div>'
 
 
 def _by_direction(row: Any, heads: list[str], *, ranks: bool = True) -> str:

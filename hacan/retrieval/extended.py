@@ -9,7 +9,7 @@ the number of matches (it assumes full rankings), where here what was not listed
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -37,12 +37,12 @@ def load_matches(name: str) -> dict[str, Matches]:
     """Judged matches of "eccv" or "cxc", by direction; image ids are COCO's, caption ids are its annotations'."""
     if name not in SETS:
         raise ValueError(f"unknown ground truth {name!r}; choose from {', '.join(SETS)}")
-    try:
-        folder = resources.files("eccv_caption") / "data"
-    except ModuleNotFoundError as error:
+    package = find_spec("eccv_caption")  # found, not imported: only its data are wanted
+    if package is None or not package.origin:
         raise UserError(
             "ECCV Caption and CxC need their data files: pip install eccv_caption==0.1.0 (pure Python, 0.8 MB)"
-        ) from error
+        )
+    folder = Path(package.origin).parent / "data"
     found = {}
     for direction in DIRECTIONS:
         content = json.loads((folder / _FILES[direction].format(name)).read_text())
