@@ -88,7 +88,8 @@ def benchmark_ranking(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     meter = StageMeter(device)
     gallery = drawn_gallery(options, meter)
-    size = sum(t.numel() * t.element_size() for part in gallery[:2] for t in part) / 2**20
+    sizes = [sum(t.numel() * t.element_size() for t in part) / 2**20 for part in gallery[:2]]
+    size = sum(sizes)
     alignment = build_alignment(
         options.alignment,
         direction=options.direction,
@@ -114,7 +115,8 @@ def benchmark_ranking(options: argparse.Namespace) -> None:
     print(
         f"\n{options.images:,} images x ({HIGH} + {MID}) regions, {len(gallery.image_of_text):,} captions of "
         f"{float(gallery.texts.offsets.diff().float().mean()):.1f} tokens on average, {options.width} wide, "
-        f"{gallery.images.high.dtype}: {size:,.0f} MiB of features, "
+        f"{gallery.images.high.dtype}: {size:,.0f} MiB of features "
+        f"(the captions', which a GPU would hold: {sizes[1]:,.0f}), "
         f"{'in memory' if size <= options.feature_memory else 'mapped to files'}\n"
         f"{options.alignment} {options.direction}, K = {options.top_k}: {len(pairs):,} listed pairs\n"
     )
