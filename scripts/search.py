@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for line in skipped:
                     print(f"left out: {line}", file=sys.stderr)
                 print(f"contact sheet: {sheet}")
+                if options.explain and all(result.fine is None for result in results):
+                    print("without heatmaps: between two pictures there are no words to map", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
