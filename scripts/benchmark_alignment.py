@@ -6,12 +6,11 @@
 
 49 and 196 regions and tokens 768 wide, drawn from a normal distribution; caption lengths ([CLS] and [SEP] included) are
 drawn from 12.6 +- 2.6, rounded, within 8 to 32. Ours, the products and the twins run in turns; each time is the fastest
-of its runs. Peak memory is what a call adds to what the process holds already:
-the scratch that the alignment keeps between calls, and memory that an earlier call gave back to the allocator only, are
-not in it, so that small figures are too small on a CPU.
+of its runs. Peak memory is what the first call of a process of its own adds to what it held, the features included.
 """
 
 import argparse
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +46,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if options.peak_of:
+        print(peak_of_first_call(options, device))
+        return
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, seed {options.seed}\n")
     tables = {"all": all_pairs, "pairs": listed_pairs, "training": training, "share": share_of_a_step}
     for part in options.only:
@@ -65,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as torch chooses")
     parser.add_argument("--score-memory", type=int, default=256, help="working set in MiB")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)  # what a process of its own measures
     return parser.parse_args()
 
 
@@ -87,7 +90,7 @@ def all_pairs(options: argparse.Namespace, device: torch.device) -> Iterator[str
                     tokens @ some.flatten(0, 1).T
 
         ours, bound = fastest(options.runs, device, lambda: alignment(images, packed), products)  # noqa: B023
-        peak = peak_memory(device, lambda: alignment(images, packed))  # noqa: B023
+        peak = peak_memory(options, "all", name, direction, dtype)
         yield row(name, direction, dtype, count, ours, bound, peak, literal_rate(name, direction, images, texts))
 
 
@@ -95,13 +98,7 @@ def listed_pairs(options: argparse.Namespace, device: torch.device) -> Iterator[
     """Re-ranking: each image with a shortlist of 50 of its gallery's captions, drawn at random."""
     images, texts = gallery(options.images, 5 * options.images, device)
     packed = pack_texts(texts)
-    pairs = torch.stack(
-        [
-            torch.arange(len(images.high)).repeat_interleave(50),
-            torch.cat([torch.randperm(len(texts.high))[:50] for _ in range(len(images.high))]),
-        ],
-        dim=1,
-    )
+    pairs = shortlists(len(images.high), len(texts.high))
     yield f"Re-ranking: shortlists of 50 captions for {len(images.high)} images, out of {len(texts.high)} captions"
     yield from header("ratio to products")
     for name, direction, dtype in rows(device):
@@ -117,7 +114,7 @@ def listed_pairs(options: argparse.Namespace, device: torch.device) -> Iterator[
                 tokens @ regions.T
 
         ours, bound = fastest(options.runs, device, lambda: alignment.pairs(images, packed, pairs), products)  # noqa: B023
-        peak = peak_memory(device, lambda: alignment.pairs(images, packed, pairs))  # noqa: B023
+        peak = peak_memory(options, "pairs", name, direction, dtype)
         yield row(name, direction, dtype, len(pairs), ours, bound, peak, literal_rate(name, direction, images, texts))
 
 
@@ -132,23 +129,30 @@ def training(options: argparse.Namespace, device: torch.device) -> Iterator[str]
     for name, direction, _ in rows(device)[: 2 * len(DIRECTIONS)]:
         alignment = form(name, direction, options, None)
 
-        def step(score: Callable, batch: EncodedTexts) -> None:
-            leaves = [x.clone().requires_grad_() for x in (*images[:2], *batch[:2])]
-            scores = score(EncodedImages(*leaves[:2], images.pooled), batch._replace(high=leaves[2], mid=leaves[3]))
-            torch.autograd.grad(scores.sum(), leaves)
-
         def ours(alignment: Callable = alignment) -> None:
-            step(alignment, texts)
+            step(alignment, images, texts)
 
         def loop(name: str = name, direction: str = direction) -> None:
-            step(lambda *pair: references.by_caption(name, *pair, direction, LAMBDA, FOCAL), some)
+            step(partial(caption_loop, name, direction), images, some)
 
         mine, twin = fastest(2, device, ours, loop)
-        peaks = peak_memory(device, ours), 8 * peak_memory(device, loop)
+        mine_mib, twin_mib = (peak_memory(options, task, name, direction, None) for task in ("step", "loop"))
         yield (
             f"| {name} | {direction} | {1e3 * mine:.0f} | {8e3 * twin:.0f} | {8 * twin / mine:.1f} "
-            f"| {peaks[0]:.0f} | {peaks[1]:.0f} |"
+            f"| {mine_mib:.0f} | {8 * twin_mib:.0f} |"
         )
+
+
+def step(score: Callable, images: EncodedImages, texts: EncodedTexts) -> None:
+    """Forward and backward of the scores of all pairs, to the features."""
+    leaves = [x.clone().requires_grad_() for x in (*images[:2], *texts[:2])]
+    scores = score(EncodedImages(*leaves[:2], images.pooled), texts._replace(high=leaves[2], mid=leaves[3]))
+    torch.autograd.grad(scores.sum(), leaves)
+
+
+def caption_loop(name: str, direction: str, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+    """The second twin: every image at once, caption after caption."""
+    return references.by_caption(name, images, texts, direction, LAMBDA, FOCAL)
 
 
 def share_of_a_step(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
@@ -230,6 +234,12 @@ def gallery(images: int, captions: int, device: torch.device) -> tuple[EncodedIm
             torch.randn(captions, WIDTH, device=device),
         ),
     )
+
+
+def shortlists(images: int, captions: int) -> Tensor:
+    """Pairs of each image with 50 captions drawn at random."""
+    drawn = torch.cat([torch.randperm(captions)[:50] for _ in range(images)])
+    return torch.stack([torch.arange(images).repeat_interleave(50), drawn], dim=1)
 
 
 def token_rows(texts: PackedTexts, captions: Tensor) -> Tensor:
@@ -366,8 +376,33 @@ def literal_rate(name: str, direction: str, images: EncodedImages, texts: Encode
     return 1 / (time.perf_counter() - start)
 
 
-def peak_memory(device: torch.device, function: Callable[[], object]) -> float:
-    """MiB that the function adds at its peak: of the GPU, or of this process's resident memory (Linux)."""
+def peak_memory(options: argparse.Namespace, task: str, name: str, direction: str, dtype: torch.dtype | None) -> float:
+    """MiB that the first call of a process of its own adds at its peak."""
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    command = [sys.executable, __file__, "--peak-of", task, name, direction, precision]
+    for key in ("images", "device", "threads", "score_memory", "seed"):
+        command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def peak_of_first_call(options: argparse.Namespace, device: torch.device) -> float:
+    """What --peak-of asks for, in MiB: of the GPU, or of this process's resident memory (Linux)."""
+    task, name, direction, precision = options.peak_of
+    alignment = form(name, direction, options, None if precision == "float32" else getattr(torch, precision))
+    sizes = (BATCH, BATCH) if task in ("step", "loop") else (options.images, 5 * options.images)
+    images, texts = gallery(*sizes, device)
+    few = gallery(2, 3, device)
+    tasks = {
+        "all": (lambda: alignment(images, packed), lambda: alignment(*few)),
+        "pairs": (lambda: alignment.pairs(images, packed, pairs), lambda: alignment(*few)),
+        "step": (lambda: step(alignment, images, texts), lambda: step(alignment, *few)),
+        "loop": (lambda: step(loop, images, some), lambda: step(loop, *few)),
+    }
+    packed, pairs = pack_texts(texts), shortlists(*sizes) if task == "pairs" else None
+    some = EncodedTexts(*(field[: BATCH // 8] for field in texts))
+    loop = partial(caption_loop, name, direction)
+    function, warm_up = tasks[task]
+    warm_up()  # the libraries' own memory
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -200,7 +200,7 @@ def test_segments_reduce_each_caption():
     torch.testing.assert_close(segments.max(values, scratch=fresh), torch.stack([part.amax(0) for part in parts]))
     spread = segments.spread(segments.max(values, scratch=fresh))
     torch.testing.assert_close(spread, torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in parts]))
-    assert segments.runs == [(1, 2), (2, 1), (3, 2)]
+    assert segments.runs == [(4, 5)]  # unsorted: of lengths rounded up
     values.requires_grad_()
     for reduce in (
         segments.sum,
@@ -234,3 +234,25 @@ def test_listed_blocks_cover_every_pair_once_and_keep_their_size():
         seen.append(targets.flatten())
     expected = (lengths[captions] > 0).nonzero().flatten()
     assert torch.equal(torch.cat(seen).sort().values, expected)
+
+
+@pytest.mark.parametrize(("name", "focal_type"), FORMS)
+def test_calls_share_scratch_but_never_an_answer(name, focal_type):
+    # a search scores in inference mode, its heatmaps do not: memory of the one must not be written by the other
+    images, texts = features(44)
+    one, other = (
+        (EncodedImages(*(x[i : i + 1] for x in images)), EncodedTexts(*(x[i : i + 1] for x in texts))) for i in (0, 1)
+    )
+    alignment = form(name, focal_type, "both")
+    with torch.inference_mode():
+        first = alignment.pairs(images, texts, SHUFFLED)
+        kept = first.clone()
+        alignment(*features(45))
+    weights = alignment.attention(*one)["ksf"].weights
+    kept_weights = weights.clone()
+    alignment.attention(*other)
+    alignment(images, texts)
+    assert torch.equal(first, kept)
+    assert torch.equal(weights, kept_weights)
+    with torch.no_grad():
+        torch.testing.assert_close(alignment.pairs(images, texts, SHUFFLED), kept)

@@ -15,6 +15,7 @@ class RegionAxis:
 
     def __init__(self, block: Block) -> None:
         self._block = block
+        self.longest = block.regions.features.shape[1]  # sources of an item, at most
 
     def sum(self, values: Tensor) -> Tensor:
         """[..., R] -> [..., 1]."""
@@ -52,6 +53,7 @@ class TokenAxis:
         self._block = block
         self.sum = block.segments.sum
         self.mean = block.segments.mean
+        self.longest = block.segments.runs[-1][0]
 
     def max(self, values: Tensor) -> Tensor:
         """[T, ...] -> [m, ...]."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hacan.alignment.blocks import listed_blocks
 from hacan.alignment.layouts import Listing, Rectangle
 from hacan.alignment.packing import CaptionOrder, pack_texts
-from hacan.alignment.scratch import Scratch
+from hacan.alignment.scratch import Scratch, scratch_of_thread
 from hacan.alignment.segments import Segments
 from hacan.alignment.sides import LEVELS, STREAMS, Block, Regions, TokenBank, Tokens, region_features
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
@@ -23,7 +23,7 @@ from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 DIRECTIONS = ("i2t", "t2i", "both")
 # Dot products of a block on a CPU: a few MiB, so that the passes over them stay in the cache, and matrix products are
 # still large enough to run at full speed (measured by scripts/benchmark_alignment.py).
-CPU_BLOCK, CPU_IMAGES, CPU_SHARE = 800_000, 16, 4
+CPU_BLOCK, CPU_LISTING, CPU_IMAGES, CPU_SHARE = 800_000, 1_000_000, 16, 4
 ACCELERATOR_IMAGES = 128
 SAVED_PER_ELEMENT = 6  # tensors of the size of the dot products that autograd keeps, for each direction
 PASSES_PER_BLOCK = 10  # tensors of the size of the dot products alive at once, without autograd
@@ -46,11 +46,12 @@ class _Plan(NamedTuple):
     row_bytes: int  # of one token, images apart
     cell_bytes: int  # of one token beside one image
     cells: int  # tokens x images at most
+    listed_cells: int  # tokens of a listing at most
 
     def rows(self, images: int) -> int:
         """Tokens of a block of so many images."""
         fitting = self.budget // 2 // (self.row_bytes + images * self.cell_bytes)
-        return max(1, min(fitting, self.cells // min(images, CPU_SHARE)))
+        return max(1, min(fitting, self.cells // min(images, CPU_SHARE) if images > 1 else self.listed_cells))
 
 
 class FineAlignment(nn.Module):
@@ -141,7 +142,7 @@ class FineAlignment(nn.Module):
             for block in listed_blocks(pairs[:, 0], places, order, most_images=plan.images, rows=plan.rows):
                 regions = self._regions(images, block.images, bank.dtype, streams)
                 tokens, segments = bank.tokens(block.places)
-                part = self._block(regions, tokens, segments, block.layout(order, bank.device), bank.scratch, streams)
+                part = self._block(regions, tokens, segments, block.layout(bank.device), bank.scratch, streams)
                 scores[block.targets.flatten().to(scores.device)] = part.T.flatten()
             return scores
 
@@ -236,9 +237,13 @@ class FineAlignment(nn.Module):
             row_bytes=itemsize * width * 6,
             cell_bytes=itemsize * max(places) * PASSES_PER_BLOCK,
             cells=CPU_BLOCK // max(places) if on_cpu else budget,
+            listed_cells=CPU_LISTING // max(places) if on_cpu else budget,
         )
         bank = TokenBank(
-            texts, order, {LEVELS[stream][1] for stream in streams}, Scratch(device, dtype, active=not gradient)
+            texts,
+            order,
+            {LEVELS[stream][1] for stream in streams},
+            scratch_of_thread(device, dtype, active=not gradient),
         )
         bank.derive(self, {"high"} if "ksf" in streams else set(), max(1, budget // 4 // plan.row_bytes))
         return plan, bank

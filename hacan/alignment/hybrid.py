@@ -9,6 +9,8 @@ The attended vectors u are never formed: q . u = sum_s w (q . s), and ||u||^2 = 
 cosine does not depend on the length of u, so the weights are never divided by their sum.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,6 +105,16 @@ def _attention_score(block: Block, directions: tuple[str, ...], temperature: flo
     return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
 
 
+def _squares(weights: Tensor, sources: RegionAxis | TokenAxis, temperature: float, scratch: Scratch) -> Tensor:
+    """Of u = sum_s e_s s, ||u||^2 with ||u|| / sum_s e_s at least 1e-8."""
+    squares = sources.quadratic(weights)
+    if scratch.kept:
+        most = sources.longest * (math.exp(temperature) if temperature <= STEEP else 1.0)  # of sum_s e_s
+        if squares.amin() > (1e-8 * most) ** 2:
+            return squares  # no sum is needed to see that all are above their floor
+    return torch.maximum(squares, (1e-8 * sources.sum(weights)).square())
+
+
 def _leaky(dots: Tensor, scratch: Scratch) -> Tensor:
     out = scratch("raw", *dots.shape)
     return F.leaky_relu(dots, 0.1) if out is None else torch.ops.aten.leaky_relu.out(dots, 0.1, out=out)
@@ -123,9 +135,12 @@ def _weights(
     scratch: Scratch,
 ) -> Tensor:
     """The attention of a = `raw` [T, N, R], not divided by its sum over sources."""
-    norms = queries.spread(queries.norm(raw) + 1e-8)
-    weights = torch.div(raw, norms, out=scratch("weights", *raw.shape))  # divided, so that a / |a| is 1 exactly
-    weights = weights.mul_(temperature)
+    norms = queries.norm(raw) + 1e-8
+    out = scratch("weights", *raw.shape)
+    if focal_type is None:
+        weights = torch.mul(raw, queries.spread(temperature / norms), out=out)
+    else:  # divided, so that a / |a| is 1 exactly with a single query
+        weights = torch.div(raw, queries.spread(norms), out=out).mul_(temperature)
     if temperature > STEEP:
         weights = weights.sub_(sources.spread(sources.max(weights.detach())))
     weights = weights.exp_()

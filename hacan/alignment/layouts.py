@@ -1,5 +1,7 @@
 """How the rows of a block of dot products [T, N, R] belong to images: a full rectangle, or a list for each image."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,14 @@ class Rectangle:
 class Listing:
     """Each of G images meets captions of its own, image after image: N is 1, scores [m, 1]."""
 
-    def __init__(self, rows: list[int], images: Tensor) -> None:
+    def __init__(self, rows: Sequence[int], images: Tensor) -> None:
         """`rows`: tokens of each image's captions, [G]; `images` [m]: the image of each caption, 0 to G - 1."""
         self._rows = rows
         self._images = images
 
     def product(self, tokens: Tensor, regions: Tensor, *, scratch: Scratch) -> Tensor:
         """[T, d] x [G, R, d] -> dot products [T, 1, R], each token with the regions of its own image."""
-        out = scratch("dots", len(tokens), regions.shape[1], dtype=tokens.dtype)
+        out = scratch("dots", len(tokens), regions.shape[1], dtype=regions.dtype)
         return self._by_image(tokens, regions.mT, out).unsqueeze(1)
 
     def quadratic(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hacan.alignment.segments import Segments, ranges
+from hacan.alignment.segments import Segments, ranges, run_lengths
 from hacan.types import EncodedTexts, PackedTexts
 
 
@@ -38,7 +38,7 @@ class CaptionOrder:
         self.captions, self.lengths, self._starts = captions[order], lengths[order], starts[order]
         self._firsts = self.lengths.cumsum(0) - self.lengths
         new_run = torch.ones_like(self.lengths, dtype=torch.bool)
-        new_run[1:] = self.lengths[1:] != self.lengths[:-1]
+        new_run[1:] = run_lengths(self.lengths).diff() != 0
         places = torch.arange(len(self.lengths))
         self._run_places = places - torch.where(new_run, places, 0).cummax(0).values
         self._identity = torch.full((len(texts.offsets) - 1,), -1, dtype=torch.int64)
@@ -76,5 +76,5 @@ class CaptionOrder:
         return ranges(self._firsts[places], self.lengths[places])
 
     def places_in_run(self, places: Tensor) -> Tensor:
-        """Where each caption stands among those of its own length, [m]."""
+        """Where each caption stands among those of its run (`run_lengths`), [m]."""
         return self._run_places[places]

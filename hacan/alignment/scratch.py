@@ -1,9 +1,12 @@
 """Memory that is used again for every block of scores."""
 
 import math
+import threading
 
 import torch
 from torch import Tensor
+
+_kept = threading.local()
 
 
 class Scratch:
@@ -16,6 +19,7 @@ class Scratch:
     def __init__(self, device: torch.device, dtype: torch.dtype, *, active: bool) -> None:
         self.device, self.dtype = device, dtype
         self._active = active
+        self.kept = active and device.type == "cpu"  # values may also be looked at: nothing waits for a GPU
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -32,3 +36,12 @@ class Scratch:
     def over(self, values: Tensor) -> Tensor | None:
         """The memory of `values`, which will not be read again."""
         return values if self._active else None
+
+
+def scratch_of_thread(device: torch.device, dtype: torch.dtype, *, active: bool) -> Scratch:
+    """On a CPU the memory of this thread's last call, so that short calls do not pay for fresh memory either."""
+    if not active or device.type != "cpu":
+        return Scratch(device, dtype, active=active)
+    held = _kept.__dict__.setdefault("scratches", {})
+    # Memory of inference mode must not be written outside of it: a search, and then its heatmaps, are such a pair.
+    return held.setdefault((dtype, torch.is_inference_mode_enabled()), Scratch(device, dtype, active=True))

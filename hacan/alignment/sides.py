@@ -8,7 +8,7 @@ from torch import Tensor
 from hacan.alignment.layouts import Listing, Rectangle
 from hacan.alignment.packing import CaptionOrder
 from hacan.alignment.scratch import Scratch
-from hacan.alignment.segments import Segments
+from hacan.alignment.segments import Segments, run_lengths
 from hacan.types import EncodedImages, PackedTexts
 
 STREAMS = ("ksf", "lrg_high", "lrg_mid")
@@ -90,7 +90,9 @@ class TokenBank:
                 segments = self.order.segments(places, self.device)
                 part = form.derive_tokens(self.features(level, places), segments, filtered=level in filtered)
                 for (length, _), gram in zip(segments.runs, part.grams or (), strict=False):
-                    grams.setdefault(length, []).append(gram)
+                    longest = run_lengths(length)
+                    padding = (0, longest - length) * 2  # zeros, for the tokens that stand in add nothing
+                    grams.setdefault(longest, []).append(torch.nn.functional.pad(gram, padding))
                 parts.append(part._replace(features=None, grams=None))
             columns = zip(*(parts or [Tokens(None)]), strict=True)
             self._derived[level] = Tokens(*(None if column[0] is None else torch.cat(column) for column in columns))
@@ -126,7 +128,9 @@ class TokenBank:
                 features=self.features(level, places) if features is None else features[level],
                 inverse_norms=_take(derived.inverse_norms, rows),
                 inverse_residual_norms=_take(derived.inverse_residual_norms, rows),
-                grams=tuple(grams[length][at] for (length, _), at in zip(segments.runs, in_run, strict=True))
+                grams=tuple(
+                    _some_grams(grams, length, at) for (length, _), at in zip(segments.runs, in_run, strict=True)
+                )
                 if grams
                 else None,
             )
@@ -143,3 +147,8 @@ def region_features(images: EncodedImages, level: str, rows: Tensor, dtype: torc
 
 def _take(values: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values is None else values.index_select(0, rows)
+
+
+def _some_grams(grams: dict[int, Tensor], length: int, places: Tensor) -> Tensor:
+    """[count, length, length] of the captions at these places of their run."""
+    return grams[run_lengths(length)].index_select(0, places)[:, :length, :length]
