@@ -61,6 +61,11 @@ class Browser:
         keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
         self("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
 
+    def hover(self, css):
+        move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": {self.ELEMENT: self.find(css)}}
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
+        self("POST", "/actions", {"actions": [mouse]})
+
     def wait(self, condition):
         for _ in range(600):
             if value := self.run(f"return {condition}"):

@@ -505,6 +505,14 @@ def test_a_pair_is_right_or_wrong_by_its_image(evaluated, tmp_path):
     assert set(data["pictures"]) == {0, 2}
 
 
+def test_half_an_emoji_in_a_caption_spoils_nothing(evaluated, pieces, tmp_path):
+    make, pretrained, write = evaluated
+    captions = [f"{caption} \ud83d" for caption in CAPTIONS]
+    text = write(tmp_path / "report.html", make(), pretrained=pretrained, captions=captions).read_text(encoding="utf-8")
+    assert "a dog runs ?" in Page(text).text
+    assert words_of("high \ud83d", pieces, max_text_len=9)[1].text == "high"
+
+
 def test_pictures_shrink_and_never_grow():
     picture = np.zeros((30, 90, 3), np.uint8)
     picture[..., 0] = 200  # red

@@ -5,10 +5,8 @@ import contextlib
 import json
 import pathlib
 import runpy
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 import time
 import urllib.error
@@ -22,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from chromium import ENTER, TAB, browsers
 
 from hacan.errors import UserError
 from hacan.pretrained import Pretrained
@@ -243,102 +242,20 @@ def test_questions_that_come_together_are_all_answered_one_at_a_time(address, in
 # ------------------------------------------------------------------------------------------------------------ browser
 
 
-class Browser:
-    """A headless Chromium, driven through chromedriver's HTTP protocol (W3C WebDriver)."""
-
-    ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-
-    def __init__(self, driver, width, folder):
-        options = {
-            "binary": shutil.which("chromium"),
-            "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                     f"--window-size={width},900", f"--user-data-dir={folder}"],
-        }  # fmt: skip
-        if width < 500:  # narrower than a desktop window may be: as a telephone
-            options["mobileEmulation"] = {
-                "deviceMetrics": {"width": width, "height": 900, "pixelRatio": 1, "touch": True}
-            }
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self._driver = driver
-        self._session = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-
-    def __call__(self, method, path, body=None):
-        return self._ask(method, f"/session/{self._session}{path}", body)
-
-    def _ask(self, method, path, body):
-        data = None if method == "GET" else json.dumps(body or {}).encode()
-        request = urllib.request.Request(self._driver + path, data=data, method=method)
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.loads(answer.read())["value"]
-
-    def run(self, script):
-        return self("POST", "/execute/sync", {"script": script, "args": []})
-
-    def find(self, css):
-        return self("POST", "/element", {"using": "css selector", "value": css})[self.ELEMENT]
-
-    def type(self, css, text):
-        self("POST", f"/element/{self.find(css)}/value", {"text": text})
-
-    def click(self, css):
-        self("POST", f"/element/{self.find(css)}/click")
-
-    def press(self, key):
-        keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
-        self("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
-
-    def hover(self, css):
-        move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": {self.ELEMENT: self.find(css)}}
-        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
-        self("POST", "/actions", {"actions": [mouse]})
-
-    def drop(self, content):
-        """Drop a file of that content on the page, the answer to the question before it having been shown."""
-        self.run(
-            f"const bytes = Uint8Array.from(atob('{base64.b64encode(content).decode()}'), (c) => c.charCodeAt(0));"
-            "const carried = new DataTransfer(); carried.items.add(new File([bytes], 'dropped.png'));"
-            "document.getElementById('status').textContent = '';"
-            "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: carried, bubbles: true}))"
-        )
-
-    def wait(self, condition):
-        for _ in range(600):
-            if value := self.run(f"return {condition}"):
-                return value
-            time.sleep(0.1)
-        raise AssertionError(f"{condition} stayed false; the page says {self.run('return document.body.innerText')!r}")
-
-    def screenshot(self, path):
-        path.write_bytes(base64.b64decode(self("GET", "/screenshot")))
-
-
 @pytest.fixture
 def open_browser(tmp_path):
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with open(tmp_path / "driver.log", "w") as log:
-        process = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=log, stderr=log)
-    for _ in range(300):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            break
-        time.sleep(0.1)
-    browsers = []
-
-    def start(width):
-        browsers.append(Browser(f"http://127.0.0.1:{port}", width, tmp_path / f"profile-{width}"))
-        return browsers[-1]
-
-    yield start
-    for browser in browsers:
-        browser("DELETE", "")
-    process.terminate()
-    process.wait()
+    with browsers(tmp_path) as start:
+        yield start
 
 
-TAB, ENTER = "\ue004", "\ue007"
+def drop(browser, content):
+    """Drop a file of that content on the page, the answer to the question before it having been shown."""
+    browser.run(
+        f"const bytes = Uint8Array.from(atob('{base64.b64encode(content).decode()}'), (c) => c.charCodeAt(0));"
+        "const carried = new DataTransfer(); carried.items.add(new File([bytes], 'dropped.png'));"
+        "document.getElementById('status').textContent = '';"
+        "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: carried, bubbles: true}))"
+    )
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -375,7 +292,7 @@ def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path,
     browser.type("#file", str(pictures / "2 <b>.png"))
     browser.wait("document.querySelectorAll('#results.texts li').length === 3")
     browser.wait("!document.getElementById('asked').hidden && document.getElementById('asked').naturalWidth === 90")
-    browser.drop((pictures / "3 <b>.png").read_bytes())
+    drop(browser, (pictures / "3 <b>.png").read_bytes())
     browser.wait("document.getElementById('status').textContent === '3 texts, best first'")
     browser.click("#find option[value=pictures]")
     browser.type("#file", str(pictures / "2 <b>.png"))

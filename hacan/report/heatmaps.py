@@ -75,7 +75,7 @@ class Explanation(NamedTuple):
 
 def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: str) -> Explanation:
     """The heatmaps of a picture (a file, or uint8 [H, W, 3] RGB) and a caption; pieces of a word are averaged."""
-    array = picture if isinstance(picture, np.ndarray) else read_picture(picture)
+    array, caption = picture if isinstance(picture, np.ndarray) else read_picture(picture), _whole(caption)
     size = pretrained.image_size
     seen = picture_of(evaluation_pixels(array, image_size=size, centre_crop=pretrained.centre_crop))
     attention = pair_attention(
@@ -96,6 +96,7 @@ def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: s
 
 def words_of(caption: str, tokenizer: PreTrainedTokenizerBase, *, max_text_len: int) -> list[Word]:
     """The words of a caption as far as the model reads it, with their tokens; special tokens as words of their own."""
+    caption = _whole(caption)
     encoded = tokenizer(caption, truncation=True, max_length=max_text_len, return_offsets_mapping=True)
     names = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     words: list[Word] = []
@@ -176,6 +177,11 @@ def save_figure(found: Explanation, path: Path, *, alpha: float = ALPHA) -> None
         figure(found, alpha=alpha).savefig(path, dpi=110)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; give another place") from error
+
+
+def _whole(text: str) -> str:
+    """The text with what no file and no tokenizer takes, a lone half of an emoji, as a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _plain(text: str) -> str:

@@ -83,7 +83,7 @@ def write_report(
     ]
     page = _page(evaluation, [section for section in sections if section], viewer)
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # a caption may hold half an emoji
     temporary.replace(path)
     return path
 
