@@ -26,8 +26,8 @@ li.wide { grid-column: 1 / -1; display: grid; gap: 0 1.5rem; grid-template-colum
 @media (min-width: 50rem) { li.wide:has(> figure > img) { grid-template-columns: 15rem minmax(0, 1fr) } }
 figure { margin: 0 } figure > img { width: 100%; height: 13rem; object-fit: contain;
   background: #eee } figcaption { overflow-wrap: anywhere; font-size: .85rem } .words { display: flex; flex-wrap: wrap;
-  gap: .5rem; margin: .5rem 0 } .words figure { width: 8rem; text-align: center }
-.words img { width: 8rem; height: 8rem } p { margin: .3rem 0 }
+  gap: .5rem; margin: .5rem 0 } .words figure { width: min(8rem, calc((100% - 1rem) / 3)); text-align: center }
+.words img { height: auto; aspect-ratio: 1 } p { margin: .3rem 0 }
 """
 
 
