@@ -12,6 +12,9 @@ import numpy as np
 from hacan.errors import UserError
 from hacan.picture_size import KINDS, header_size
 
+# What OpenCV says of a damaged picture names no file; our errors do.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 PIXEL_LIMIT = 178_956_970  # pixels; twice this is where Pillow refuses to decode as well
 
 

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from bad_json import ANY_JSON, error_of, records_or_user_error
+from bad_json import ANY_JSON, LEAVES, error_of, nested, records_or_user_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -109,7 +109,9 @@ def test_no_file_and_files_of_other_encodings(root):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lines=st.lists(
-        st.fixed_dictionaries({"image": ANY_JSON, "caption": ANY_JSON}, optional={"split": ANY_JSON}), max_size=3
+        st.fixed_dictionaries({"image": ANY_JSON, "caption": ANY_JSON}, optional={"split": ANY_JSON})
+        | st.builds(nested, st.integers(1, 12), LEAVES),
+        max_size=3,
     ),
     cut=st.integers(0, 9),
 )

@@ -317,9 +317,12 @@ def kill_self(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_dead_worker_is_one_line(records, monkeypatch):
-    monkeypatch.setattr("datamodules.training_data.read_picture", kill_self)
-    message = error_of(list, module(records, num_workers=2).train_dataloader())
+@pytest.mark.parametrize("room", ["training_data", "evaluation_data"])
+def test_a_dead_worker_is_one_line(records, monkeypatch, room):
+    monkeypatch.setattr(f"datamodules.{room}.read_picture", kill_self)
+    data = module(records, num_workers=2)
+    batches = data.train_dataloader() if room == "training_data" else data.eval_images("val")
+    message = error_of(list, batches)
     assert "died" in message and "num_workers=2" in message
 
 

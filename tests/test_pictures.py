@@ -86,6 +86,15 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path):
         assert str(path) in message and part in message
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "webp", "tiff", "gif"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_files_that_were_cut_off_are_not_half_decoded(kind, share, capfd):
+    noise = cv2.imencode(f".{kind}", picture(90, 120))[1].tobytes()
+    assert decode_picture(noise, name="x").shape == (90, 120, 3)
+    assert error_of(decode_picture, noise[: int(len(noise) * share)], name="x").startswith("x cannot be decoded")
+    assert "OpenCV" not in capfd.readouterr().err
+
+
 def bomb(width=40_000, height=30_000):
     """A PNG of a few kilobytes whose header claims 1.2 gigapixels."""
 
