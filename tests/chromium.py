@@ -110,8 +110,8 @@ def browsers(folder):
                 break
             time.sleep(0.1)
         yield start
-        for browser in started:
-            browser("DELETE", "")
     finally:
+        for browser in started:  # after a failure too: a browser outlives its driver
+            browser("DELETE", "")
         process.terminate()
         process.wait()

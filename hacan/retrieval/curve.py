@@ -199,12 +199,15 @@ def plot_curve(curve: Curve, path: Path) -> None:
     quality.legend(handles=handles, loc="lower right", fontsize=8, framealpha=0.9)
     cost.plot(list(curve.seconds), list(curve.seconds.values()), "o-", color="#1f5a99", label="hierarchical, measured")
     cost.axhline(curve.full_seconds, color="#1f5a99", linestyle="--", linewidth=1, label="all pairs, fine")
-    cost.set(ylabel="seconds, both directions", ylim=(0, None))
+    cost.set(ylabel="seconds, both directions", ylim=(0, 1.15 * max(curve.full_seconds, *curve.seconds.values())))
     memory.plot(list(curve.host_peak_mib), list(curve.host_peak_mib.values()), "o-", color="#1f5a99", label="measured")
-    memory.set(ylabel="peak resident memory of the process, MiB", ylim=(0, None))
+    memory.set(ylabel="peak resident memory of the process, MiB", ylim=(0, 1.3 * max(curve.host_peak_mib.values())))
+    ticks = [some for some in _some_lengths(len(k)) if some == len(k) or 1.6 * some < len(k)]  # names need room
+    if len(ticks) > 12:
+        ticks = [some for some in ticks if str(some)[0] == "1" or some == len(k)]
     for axes in (quality, cost, memory):
         axes.set(xscale="log", xlabel="K, length of the shortlist")
-        axes.set_xticks(_some_lengths(len(k))[:: 1 + len(k) // 2000], minor=False)
+        axes.set_xticks(ticks, minor=False)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.tick_params(axis="x", rotation=45)
         axes.minorticks_off()
