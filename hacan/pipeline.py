@@ -1,6 +1,6 @@
-"""What a run does with its parts: open or build the model, train it, evaluate it (METHOD sections 5 and 6).
+"""What a run does with its parts: train the model, validate it, evaluate it (METHOD sections 5 and 6).
 
-The data module and the tokenizer loader come as arguments: this package does not know where pictures come from.
+The data module comes as an argument: this package does not know where pictures come from.
 """
 
 import logging
