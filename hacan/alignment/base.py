@@ -15,18 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from hacan.alignment.blocks import listed_blocks
 from hacan.alignment.layouts import Listing, Rectangle
 from hacan.alignment.packing import CaptionOrder, pack_texts
+from hacan.alignment.plan import Plan, make_plan, saved_bytes, shares_of_cache
 from hacan.alignment.scratch import Scratch, scratch_of_thread
 from hacan.alignment.segments import Segments
 from hacan.alignment.sides import LEVELS, STREAMS, Block, Regions, TokenBank, Tokens, region_features
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 DIRECTIONS = ("i2t", "t2i", "both")
-# Dot products of a block on a CPU: a few MiB, so that the passes over them stay in the cache, and matrix products are
-# still large enough to run at full speed (measured by scripts/benchmark_alignment.py).
-CPU_BLOCK, CPU_LISTING, CPU_IMAGES, CPU_SHARE = 800_000, 1_000_000, 16, 4
-ACCELERATOR_IMAGES = 128
-SAVED_PER_ELEMENT = 6  # tensors of the size of the dot products that autograd keeps, for each direction
-PASSES_PER_BLOCK = 10  # tensors of the size of the dot products alive at once, without autograd
 
 
 class AttentionMap(NamedTuple):
@@ -36,22 +31,6 @@ class AttentionMap(NamedTuple):
     words: Tensor  # [W] bool, on the CPU: which tokens take part
     image_level: str  # "high" or "mid": which regions these are
     text_level: str  # "high" or "mid": which layer's tokens
-
-
-class _Plan(NamedTuple):
-    """How large blocks may be."""
-
-    images: int
-    budget: int  # bytes
-    row_bytes: int  # of one token, images apart
-    cell_bytes: int  # of one token beside one image
-    cells: int  # tokens x images at most
-    listed_cells: int  # tokens of a listing at most
-
-    def rows(self, images: int) -> int:
-        """Tokens of a block of so many images."""
-        fitting = self.budget // 2 // (self.row_bytes + images * self.cell_bytes)
-        return max(1, min(fitting, self.cells // min(images, CPU_SHARE) if images > 1 else self.listed_cells))
 
 
 class FineAlignment(nn.Module):
@@ -107,7 +86,8 @@ class FineAlignment(nn.Module):
             scores = images.high.new_zeros(count, len(texts.offsets) - 1, dtype=bank.dtype)
             chunks = order.chunks(torch.arange(len(order)), plan.rows(min(plan.images, max(count, 1))))
             gathered = [{lv: bank.features(lv, at) for lv in bank.levels} for at in chunks] if gradient else None
-            frugal = gradient and self._saved_bytes(images, count, order, streams, bank.dtype) > plan.budget
+            kept = saved_bytes(images, int(order.lengths.sum()), streams, bank.dtype, directions=len(self.directions))
+            frugal = gradient and kept > plan.budget
             for first in range(0, count, plan.images):
                 rows = torch.arange(first, min(first + plan.images, count))
                 regions = self._regions(images, rows, bank.dtype, streams)
@@ -200,7 +180,7 @@ class FineAlignment(nn.Module):
         for stream in streams:
             of_image, of_text = LEVELS[stream]
             parts = []
-            for some in _shares(regions[of_image], segments.rows, layout):
+            for some in shares_of_cache(regions[of_image], segments.rows, layout):
                 parts.append(
                     self.score_stream(
                         stream, Block(some, tokens[of_text], segments, layout, scratch, self.product_dtype)
@@ -212,7 +192,7 @@ class FineAlignment(nn.Module):
 
     def _prepare(
         self, images: EncodedImages, texts: PackedTexts, order: CaptionOrder, streams: tuple[str, ...], gradient: bool
-    ) -> tuple[_Plan, TokenBank]:
+    ) -> tuple[Plan, TokenBank]:
         """Block sizes, and the captions with what is derived of them once."""
         unknown = [stream for stream in streams if stream not in STREAMS]
         if unknown or not streams:
@@ -225,27 +205,14 @@ class FineAlignment(nn.Module):
             )
         device = images.high.device
         dtype = torch.promote_types(torch.promote_types(images.high.dtype, texts.high.dtype), torch.float32)
-        itemsize, width = dtype.itemsize, images.high.shape[-1]
-        places = [images.high.shape[1], images.mid.shape[1]]
-        image_bytes = itemsize * (2 * width * sum(places) + sum(r * r for r in places))
-        budget = int(self.score_memory * 2**20)
-        on_cpu = device.type == "cpu"
-        most = CPU_IMAGES if on_cpu else ACCELERATOR_IMAGES
-        plan = _Plan(
-            images=max(1, min(most, budget // 4 // image_bytes)),
-            budget=budget,
-            row_bytes=itemsize * width * 6,
-            cell_bytes=itemsize * max(places) * PASSES_PER_BLOCK,
-            cells=CPU_BLOCK // max(places) if on_cpu else budget,
-            listed_cells=CPU_LISTING // max(places) if on_cpu else budget,
-        )
+        plan = make_plan(images, device, dtype, score_memory=self.score_memory)
         bank = TokenBank(
             texts,
             order,
             {LEVELS[stream][1] for stream in streams},
             scratch_of_thread(device, dtype, active=not gradient),
         )
-        bank.derive(self, {"high"} if "ksf" in streams else set(), max(1, budget // 4 // plan.row_bytes))
+        bank.derive(self, {"high"} if "ksf" in streams else set(), max(1, plan.budget // 4 // plan.row_bytes))
         return plan, bank
 
     def _regions(
@@ -259,14 +226,6 @@ class FineAlignment(nn.Module):
             for level in levels
         }
 
-    def _saved_bytes(
-        self, images: EncodedImages, count: int, order: CaptionOrder, streams: tuple[str, ...], dtype: torch.dtype
-    ) -> int:
-        """What autograd would keep, were no block computed twice."""
-        places = sum(getattr(images, LEVELS[stream][0]).shape[1] for stream in streams)
-        per_element = SAVED_PER_ELEMENT * len(self.directions) * dtype.itemsize
-        return int(order.lengths.sum()) * count * places * per_element
-
 
 @contextmanager
 def _exact(images: EncodedImages, texts: PackedTexts) -> Iterator[bool]:
@@ -274,16 +233,6 @@ def _exact(images: EncodedImages, texts: PackedTexts) -> Iterator[bool]:
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*images[:2], *texts[:2]))
     with torch.autocast(images.high.device.type, enabled=False), torch.set_grad_enabled(gradient):
         yield gradient
-
-
-def _shares(regions: Regions, rows: int, layout: Rectangle | Listing) -> list[Regions]:
-    """The images of a rectangle in shares whose dot products with `rows` tokens fit the cache; a listing as it is."""
-    images, places, _ = regions.features.shape
-    if regions.features.device.type != "cpu" or isinstance(layout, Listing):
-        return [regions]
-    share = max(1, CPU_BLOCK // (rows * places))
-    parts = [None if field is None else field.split(share) for field in regions]
-    return [Regions(*(part and part[k] for part in parts)) for k in range(-(-images // share))]
 
 
 def _check_pairs(pairs: Tensor, images: int, texts: int) -> None:

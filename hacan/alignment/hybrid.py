@@ -47,15 +47,17 @@ class HybridAlignment(FineAlignment):
 
     def derive_regions(self, features: Tensor, *, filtered: bool) -> Regions:
         """Norms of the regions [N, R], and for t2i their Gram matrices [N, R, R]."""
-        grams = features @ features.mT if "t2i" in self.directions else None
-        return Regions(features, inverse_norms(features), grams)
+        if "t2i" not in self.directions:
+            return Regions(features, inverse_norms(features))
+        grams = features @ features.mT
+        return Regions(features, _inverse_norms(grams), grams)
 
     def derive_tokens(self, features: Tensor, segments: Segments, *, filtered: bool) -> Tokens:
         """Norms of the tokens [T], and for i2t the captions' Gram matrices, run by run."""
-        grams = None
-        if "i2t" in self.directions:
-            grams = tuple(part @ part.mT for part in segments.split(features))
-        return Tokens(features, inverse_norms(features), grams)
+        if "i2t" not in self.directions:
+            return Tokens(features, inverse_norms(features))
+        grams = tuple(part @ part.mT for part in segments.split(features))
+        return Tokens(features, torch.cat([_inverse_norms(part).flatten() for part in grams]), grams)
 
     def score_stream(self, stream: str, block: Block) -> Tensor:
         """Scores of one stream, [m, N]."""
@@ -103,6 +105,11 @@ def _attention_score(block: Block, directions: tuple[str, ...], temperature: flo
         along = sources.sum(torch.mul(weights, dots, out=block.scratch("work", *dots.shape)))
         scores.append(queries.mean(along * squares.rsqrt() * queries.inverse_norms()).squeeze(2))
     return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
+
+
+def _inverse_norms(grams: Tensor) -> Tensor:
+    """Of Gram matrices [N, n, n] of sources, 1 / max(||s||, 1e-8): [N, n], without another pass over the sources."""
+    return grams.diagonal(dim1=1, dim2=2).clamp_min(1e-16).rsqrt()
 
 
 def _squares(weights: Tensor, sources: RegionAxis | TokenAxis, temperature: float, scratch: Scratch) -> Tensor:
