@@ -52,6 +52,8 @@ def _write(found: Checkpoint, folder: Path, *, checkpoint: Path, onnx: bool) -> 
     """Write every file of the export to `folder`; their names."""
     state = {name: value.contiguous() for name, value in found.model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # safetensors makes files that only their owner may read; an export is to be shared, as the umask allows
+    (folder / WEIGHTS_FILE).chmod((folder.stat().st_mode & 0o777) & 0o666)
     tokenizer = {Path(name).name: text for name, text in found.description["tokenizer"].items()}
     for name, text in tokenizer.items():
         (folder / name).write_text(text, encoding="utf-8")

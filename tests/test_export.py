@@ -85,6 +85,11 @@ def test_the_exported_folder_scores_as_the_model_did(trained, pictures, tokenize
     assert torch.equal(same.score(same.encode_images(pictures), same.encode_texts(CAPTIONS)), scores)
 
 
+def test_every_file_may_be_read_as_the_umask_allows(trained, tmp_path):
+    files = export(trained[1], tmp_path / "out")
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "out" / "config.json").stat().st_mode}
+
+
 def test_paths_and_arrays_and_batches_give_the_same(trained, pictures, tmp_path):
     loaded = hacan.load_pretrained(trained[1])
     for i, picture in enumerate(pictures):
