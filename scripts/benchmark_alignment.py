@@ -25,14 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import references
+from full_size import HIGH, MID, WIDTH, full_size_settings
 
 from hacan.alignment import build_alignment, pack_texts
 from hacan.build import build_model
 from hacan.losses import global_loss, hard_negatives, triplet_ranking_loss
-from hacan.settings import ModelSettings
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
-HIGH, MID, WIDTH = 49, 196, 768
 LAMBDA, FOCAL = 9.0, "prob"
 DIRECTIONS = ("i2t", "t2i", "both")
 BATCH = 64
@@ -267,23 +266,7 @@ def form(name: str, direction: str, options: argparse.Namespace, dtype: torch.dt
 
 def full_size_model(device: torch.device) -> torch.nn.Module:
     """ConvNeXt-Base and BERT-base with random weights, backbones frozen."""
-    settings = ModelSettings(
-        image_encoder="convnext_base",
-        image_weights="random",
-        image_encoder_args={},
-        image_levels=(-2, -1),
-        text_encoder="bert",
-        text_weights="random",
-        text_encoder_args={},
-        text_levels=(-3, -1),
-        embed_dim=WIDTH,
-        activation="leaky_relu",
-        alignment="hybrid",
-        direction="i2t",
-        lambda_softmax=LAMBDA,
-        focal_type=FOCAL,
-    )
-    model = build_model(settings, image_size=224, score_memory=256).to(device)
+    model = build_model(full_size_settings(), image_size=224, score_memory=256).to(device)
     model.freeze_backbones(True)
     return model
 

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from full_size import HIGH, MID, full_size_settings
+
 from datamodules.datamodule import PairDataModule
 from datamodules.records import CaptionedImage
 from datamodules.tokens import load_tokenizer
@@ -34,10 +36,8 @@ from hacan.retrieval.hierarchical import FINE_IMAGES, HierarchicalRetriever, coa
 from hacan.retrieval.members import Member, MemberScores
 from hacan.retrieval.receipt import StageMeter
 from hacan.retrieval.store import SpooledScores
-from hacan.settings import ModelSettings
 from hacan.types import EncodedImages, EncodedTexts, Gallery
 
-HIGH, MID = 49, 196  # regions of ConvNeXt at 224 pixels
 LONGEST = 32  # tokens of a caption
 WORDS = [
     "a",
@@ -199,22 +199,7 @@ def benchmark_encoding(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         data = drawn_data(Path(folder), options)
-        settings = ModelSettings(
-            image_encoder="convnext_base",
-            image_weights="random",
-            image_encoder_args={},
-            image_levels=(-2, -1),
-            text_encoder="bert",
-            text_weights="random",
-            text_encoder_args={},
-            text_levels=(-3, -1),
-            embed_dim=768,
-            activation="leaky_relu",
-            alignment=options.alignment,
-            direction=options.direction,
-            lambda_softmax=9.0,
-            focal_type="prob",
-        )
+        settings = full_size_settings(alignment=options.alignment, direction=options.direction)
         model = build_model(settings, image_size=224, score_memory=options.score_memory, tokenizer=None)
         model = model.eval().to(device)
         split = data.eval_split("test")

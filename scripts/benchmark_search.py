@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from full_size import WIDTH, full_size_settings
 from synthetic_vectors import Embeddings
 from tqdm import tqdm
 from transformers import BertTokenizerFast
@@ -29,9 +30,7 @@ from hacan.pretrained import Pretrained
 from hacan.search import Index
 from hacan.search.index import PICTURES, SHORTLIST
 from hacan.search.store import VectorStore
-from hacan.settings import ModelSettings
 
-WIDTH = 768
 SENTENCE = "two dogs run on grass with a man with a red hat"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(SENTENCE.split())]
 REPEATS, BATCH = 20, 16
@@ -39,13 +38,8 @@ REPEATS, BATCH = 20, 16
 
 def full_size_model() -> Pretrained:
     """ConvNeXt-Base and BERT-Base with random weights; only the vocabulary is small."""
-    settings = ModelSettings(
-        image_encoder="convnext_base", image_weights="random", image_encoder_args={}, image_levels=(-2, -1),
-        text_encoder="bert", text_weights="random", text_encoder_args={}, text_levels=(-3, -1), embed_dim=WIDTH,
-        activation="leaky_relu", alignment="hybrid", direction="t2i", lambda_softmax=9.0, focal_type="prob",
-    )  # fmt: skip
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}, do_lower_case=True)
-    model = build_model(settings, image_size=224, score_memory=256, tokenizer=tokenizer)
+    model = build_model(full_size_settings(direction="t2i"), image_size=224, score_memory=256, tokenizer=tokenizer)
     return Pretrained(model=model, tokenizer=tokenizer, image_size=224, centre_crop=True, max_text_len=32)
 
 
