@@ -8,10 +8,6 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from hacan.pictures import read_picture
-
-__all__ = ["MEAN", "STD", "as_tensor", "evaluation_pixels", "evaluation_square", "normalise", "read_picture"]
-
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, RGB
 STD = (0.229, 0.224, 0.225)
 LONGEST = 8  # a picture this many times as long as wide is trimmed first: resizing all of it would fill the memory

@@ -7,7 +7,8 @@ import torch
 
 from datamodules.framing import PHOTOS, SCENES
 from datamodules.transforms import evaluation_transform
-from hacan.pixels import MEAN, STD, evaluation_pixels, normalise, read_picture
+from hacan.pictures import read_picture
+from hacan.pixels import MEAN, STD, evaluation_pixels, normalise
 
 
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (9, 200), (600, 20), (1, 1)])

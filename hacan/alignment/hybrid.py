@@ -115,7 +115,7 @@ def _inverse_norms(grams: Tensor) -> Tensor:
 def _squares(weights: Tensor, sources: RegionAxis | TokenAxis, temperature: float, scratch: Scratch) -> Tensor:
     """Of u = sum_s e_s s, ||u||^2 with ||u|| / sum_s e_s at least 1e-8."""
     squares = sources.quadratic(weights)
-    if scratch.kept:
+    if scratch.readable:
         most = sources.longest * (math.exp(temperature) if temperature <= STEEP else 1.0)  # of sum_s e_s
         if squares.amin() > (1e-8 * most) ** 2:
             return squares  # no sum is needed to see that all are above their floor

@@ -19,7 +19,7 @@ class Scratch:
     def __init__(self, device: torch.device, dtype: torch.dtype, *, active: bool) -> None:
         self.device, self.dtype = device, dtype
         self._active = active
-        self.kept = active and device.type == "cpu"  # values may also be looked at: nothing waits for a GPU
+        self.readable = active and device.type == "cpu"  # values may also be looked at: nothing waits for a GPU
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor | None:

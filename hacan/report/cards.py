@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from hacan.pixels import read_picture
+from hacan.pictures import read_picture
 from hacan.report.gallery import Item, Query
 from hacan.report.pictures import data_uri, shrunk
 from hacan.report.tables import DIRECTIONS

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hacan.errors import UserError
-from hacan.pixels import MEAN, STD, evaluation_pixels, read_picture
+from hacan.pictures import read_picture
+from hacan.pixels import MEAN, STD, evaluation_pixels
 from hacan.pretrained import Pretrained
 from hacan.report.attention import pair_attention
 

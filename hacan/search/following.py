@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hacan.errors import UserError
-from hacan.pixels import read_picture
+from hacan.pictures import read_picture
 from hacan.pretrained import Pretrained
 from hacan.search.folder import hash_of_file, hash_of_text, pictures_below
 from hacan.search.shelf import Shelf, free_rows

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hacan.errors import UserError
-from hacan.pixels import read_picture
+from hacan.pictures import read_picture
 from hacan.report.heatmaps import STREAM_NAMES, overlay
 from hacan.report.pictures import data_uri, jpeg, shrunk
 from hacan.search.index import PICTURES, TEXTS, Index, Result

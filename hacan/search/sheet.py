@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hacan.errors import UserError
-from hacan.pixels import read_picture
+from hacan.pictures import read_picture
 from hacan.pretrained import Pretrained
 from hacan.report.heatmaps import STREAM_NAMES, explain, overlay
 from hacan.report.pictures import data_uri, shrunk
