@@ -23,6 +23,7 @@ from hacan.description import DESCRIPTION, describe_model
 from hacan.errors import UserError
 from hacan.model import HACAN
 from hacan.opening import FOLLOWED
+from hacan.pixels import is_centre_cropped
 from hacan.pretrained import Pretrained
 from hacan.report.page import write_report
 from hacan.resuming import check_resumed, resumed_checkpoint
@@ -168,7 +169,7 @@ def _pretrained(
         model=model,
         tokenizer=tokenizer,
         image_size=settings.data.image_size,
-        centre_crop=_centre_crop(settings),
+        centre_crop=is_centre_cropped(settings.data.datasets),
         max_text_len=settings.data.max_text_len,
         device=device,
     )
@@ -182,7 +183,7 @@ def protocol_of(settings: Settings) -> Protocol:
 def split_of(data: Any, settings: Settings, name: str, *, hashed: bool) -> Split:
     """A split of the data module as the evaluator takes it; `hashed`: with the hash of its pictures' contents."""
     part = data.eval_split(name)
-    framing = f"{settings.data.image_size} {_centre_crop(settings)}"
+    framing = f"{settings.data.image_size} {is_centre_cropped(settings.data.datasets)}"
     return Split(
         dataset=settings.data.datasets,
         name=name,
@@ -255,7 +256,3 @@ def _member(model: HACAN, settings: Settings, *, name: str, device: torch.device
         form=form_of(model),
         settings=settings_of(model) | {key: getattr(settings.data, key) for key in FOLLOWED},
     )
-
-
-def _centre_crop(settings: Settings) -> bool:
-    return settings.data.datasets != "scenes"

@@ -13,6 +13,11 @@ STD = (0.229, 0.224, 0.225)
 LONGEST = 8  # a picture this many times as long as wide is trimmed first: resizing all of it would fill the memory
 
 
+def is_centre_cropped(datasets: str) -> bool:
+    """Whether evaluation cuts out the centre of this data set's pictures; the demo's scenes are squeezed whole."""
+    return datasets != "scenes"
+
+
 def evaluation_pixels(picture: np.ndarray, *, image_size: int, centre_crop: bool = True) -> Tensor:
     """[H, W, 3] uint8 RGB -> [3, image_size, image_size] float, normalised; framed as `evaluation_square` says."""
     return normalise(evaluation_square(picture, image_size=image_size, centre_crop=centre_crop)[None])[0]

@@ -15,7 +15,7 @@ from hacan.description import tokenizer_from_description
 from hacan.errors import UserError
 from hacan.model import HACAN
 from hacan.pictures import read_picture
-from hacan.pixels import evaluation_pixels
+from hacan.pixels import evaluation_pixels, is_centre_cropped
 from hacan.types import EncodedImages, EncodedTexts
 
 
@@ -59,7 +59,7 @@ class Pretrained:
             model=checkpoint.model,
             tokenizer=tokenizer_from_description(checkpoint.description),
             image_size=settings["image_size"],
-            centre_crop=settings["datasets"] != "scenes",
+            centre_crop=is_centre_cropped(settings["datasets"]),
             max_text_len=settings["max_text_len"],
             device=device,
         )

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from datamodules.framing import PHOTOS, SCENES
+from datamodules.readers import NAMES, framing_of
 from datamodules.transforms import evaluation_transform
 from hacan.pictures import read_picture
-from hacan.pixels import MEAN, STD, evaluation_pixels, normalise
+from hacan.pixels import MEAN, STD, evaluation_pixels, is_centre_cropped, normalise
 
 
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (9, 200), (600, 20), (1, 1)])
@@ -41,3 +42,7 @@ def test_the_centre_is_cut_out_at_224_of_256():
 def test_wrong_arrays_are_named(array):
     with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\], RGB"):
         evaluation_pixels(array, image_size=32)
+
+
+def test_training_and_inference_agree_which_pictures_are_cropped():
+    assert {name: is_centre_cropped(name) for name in NAMES} == {name: framing_of(name).centre_crop for name in NAMES}
