@@ -99,9 +99,7 @@ def _attention_score(block: Block, directions: tuple[str, ...], temperature: flo
     for direction in directions:
         queries, sources = _axes(block, direction)
         weights = _weights(raw, queries, sources, temperature, focal_type, block.scratch)
-        # cos(q, u) of u = sum_s e_s s, with ||u|| / sum_s e_s at least 1e-8
-        floor = (1e-8 * sources.sum(weights)).square()
-        squares = torch.maximum(sources.quadratic(weights), floor)
+        squares = _squares(weights, sources, temperature, block.scratch)
         along = sources.sum(torch.mul(weights, dots, out=block.scratch("work", *dots.shape)))
         scores.append(queries.mean(along * squares.rsqrt() * queries.inverse_norms()).squeeze(2))
     return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
