@@ -3,6 +3,7 @@
     python scripts/benchmark_alignment.py                    # everything, about three minutes on two CPU cores
     python scripts/benchmark_alignment.py --only pairs       # one part: all, pairs, training, share
     python scripts/benchmark_alignment.py --device cuda      # the same table on a GPU
+    python scripts/benchmark_alignment.py --eager            # as where there is no C compiler
 
 49 and 196 regions and tokens 768 wide, drawn from a normal distribution; caption lengths ([CLS] and [SEP] included) are
 drawn from 12.6 +- 2.6, rounded, within 8 to 32. Ours, the products and the twins run in turns; each time is the fastest
@@ -10,6 +11,7 @@ of its runs. Peak memory is what the first call of a process of its own adds to 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ import references
 from full_size import HIGH, MID, WIDTH, full_size_settings
 
 from hacan.alignment import build_alignment, pack_texts
+from hacan.alignment.native import attention_library
 from hacan.build import build_model
 from hacan.losses import global_loss, hard_negatives, triplet_ranking_loss
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
@@ -41,6 +44,8 @@ PARTS = ("all", "pairs", "training", "share")
 def main() -> None:
     """Print the tables that were asked for."""
     options = arguments()
+    if options.eager:
+        os.environ["HACAN_EAGER"] = "1"  # before the first score, and for the processes that measure memory
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -48,7 +53,10 @@ def main() -> None:
     if options.peak_of:
         print(peak_of_first_call(options, device))
         return
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, seed {options.seed}\n")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, seed {options.seed}")
+    if device.type == "cpu":
+        print(f"hybrid scores without gradients: {'by attention.c' if attention_library() else 'by torch alone'}")
+    print()
     tables = {"all": all_pairs, "pairs": listed_pairs, "training": training, "share": share_of_a_step}
     for part in options.only:
         for line in tables[part](options, device):
@@ -65,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as torch chooses")
     parser.add_argument("--score-memory", type=int, default=256, help="working set in MiB")
+    parser.add_argument("--eager", action="store_true", help="do without the compiled functions of attention.c")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)  # what a process of its own measures
     return parser.parse_args()

@@ -14,6 +14,7 @@ from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 SHUFFLED = torch.tensor([[2, 3], [0, 6], [2, 0], [1, 2], [0, 6], [2, 5], [0, 1], [1, 1], [2, 6]])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("score_memory", [256, 0.001])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
@@ -74,6 +75,7 @@ def test_scores_and_gradients_do_not_depend_on_the_budget(name, focal_type, dire
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
 def test_gallery_order_and_company_change_nothing(name, focal_type):
     images, texts = features(44)
@@ -84,6 +86,7 @@ def test_gallery_order_and_company_change_nothing(name, focal_type):
         torch.testing.assert_close(one[0, 0], scores[1, j], atol=2e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
 def test_packed_and_padded_texts_score_the_same(name, focal_type):
     images, texts = features(45)
@@ -117,6 +120,7 @@ def test_packing_takes_any_mask():
         pack_texts(EncodedTexts(high, high, mask.long(), torch.ones(2, 3)))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
 def test_half_precision_banks_are_read_in_float32(name, focal_type, half):
@@ -133,6 +137,7 @@ def test_half_precision_banks_are_read_in_float32(name, focal_type, half):
     torch.testing.assert_close(listed, expected[SHUFFLED[:, 0], SHUFFLED[:, 1]], atol=2e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("name", "focal_type"), FORMS[::2])
 def test_products_in_bfloat16_are_close_and_scores_stay_float32(name, focal_type):
     images, texts = features(51, width=64)
@@ -169,6 +174,7 @@ def test_float64_stays_float64():
     assert RevisedAlignment(direction="t2i").pairs(images, texts, SHUFFLED).dtype == torch.float64
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
 def test_no_texts_and_no_valid_token_at_all(name, focal_type):
     images, texts = features(49, texts=(0, 0))
@@ -236,6 +242,7 @@ def test_listed_blocks_cover_every_pair_once_and_keep_their_size():
     assert torch.equal(torch.cat(seen).sort().values, expected)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
 def test_calls_share_scratch_but_never_an_answer(name, focal_type):
     # a search scores in inference mode, its heatmaps do not: memory of the one must not be written by the other

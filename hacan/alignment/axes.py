@@ -39,7 +39,9 @@ class RegionAxis:
 
     def quadratic(self, weights: Tensor) -> Tensor:
         """Of weights w [T, N, R], w G w^T: [T, N, 1], one Gram matrix G for each image."""
-        return self._block.layout.quadratic(weights, self._block.regions.grams, scratch=self._block.scratch)
+        scratch = self._block.scratch
+        half = self._block.layout.times(weights, self._block.regions.grams, scratch=scratch)
+        return torch.mul(half, weights, out=scratch.over(half)).sum(2, keepdim=True)
 
     def inverse_norms(self) -> Tensor:
         """1 / ||v|| of each region, to meet [m, N, R]."""

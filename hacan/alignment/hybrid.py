@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hacan.alignment import fused
 from hacan.alignment.axes import RegionAxis, TokenAxis
 from hacan.alignment.base import FineAlignment
 from hacan.alignment.scratch import Scratch
@@ -93,6 +94,9 @@ def key_semantic_filter(block: Block, *, directions: tuple[str, ...], temperatur
 
 
 def _attention_score(block: Block, directions: tuple[str, ...], temperature: float, focal_type: str | None) -> Tensor:
+    library = fused.library_for(block)
+    if library is not None:
+        return fused.attention_score(library, block, directions, temperature, focal_type)
     dots = block.product()
     raw = _leaky(dots, block.scratch)
     scores = []

@@ -17,11 +17,10 @@ class Rectangle:
         dots = torch.mm(tokens, columns.T, out=scratch("dots", len(tokens), len(columns), dtype=tokens.dtype))
         return dots.view(-1, *regions.shape[:2])
 
-    def quadratic(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
-        """Of weights w [T, N, R] and Gram matrices G [N, R, R] of the regions, w G w^T: [T, N, 1]."""
+    def times(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
+        """Of weights w [T, N, R] and Gram matrices G [N, R, R] of the regions, w G: [T, N, R]."""
         weights = weights.transpose(0, 1)
-        half = torch.bmm(weights, grams, out=scratch("work", *weights.shape))
-        return torch.mul(half, weights, out=scratch.over(half)).sum(2).T.unsqueeze(2)
+        return torch.bmm(weights, grams, out=scratch("work", *weights.shape)).transpose(0, 1)
 
     def at_pairs(self, values: Tensor) -> Tensor:
         """[N, R], a value for each region -> what meets [m, N, R]."""
@@ -41,11 +40,10 @@ class Listing:
         out = scratch("dots", len(tokens), regions.shape[1], dtype=regions.dtype)
         return self._by_image(tokens, regions.mT, out).unsqueeze(1)
 
-    def quadratic(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
-        """Of weights w [T, 1, R] and Gram matrices G [G, R, R] of the regions, w G w^T: [T, 1, 1]."""
+    def times(self, weights: Tensor, grams: Tensor, *, scratch: Scratch) -> Tensor:
+        """Of weights w [T, 1, R] and Gram matrices G [G, R, R] of the regions, w G: [T, 1, R]."""
         weights = weights.squeeze(1)
-        half = self._by_image(weights, grams, scratch("work", *weights.shape))
-        return torch.mul(half, weights, out=scratch.over(half)).sum(1)[:, None, None]
+        return self._by_image(weights, grams, scratch("work", *weights.shape)).unsqueeze(1)
 
     def at_pairs(self, values: Tensor) -> Tensor:
         """[G, R], a value for each region -> what meets [m, 1, R]."""

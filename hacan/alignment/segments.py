@@ -18,7 +18,8 @@ class Segments:
         """`lengths` [m] int64, on the CPU."""
         ends = lengths.cumsum(0)
         self.rows = int(lengths.sum())
-        self._starts = (ends - lengths).to(device)
+        self.bounds = torch.cat([ends.new_zeros(1), ends]).to(device)  # [m + 1] caption c is rows bounds[c : c + 2]
+        self._starts = self.bounds[:-1]
         self._every = torch.arange(self.rows, device=device)
         self._owner = torch.repeat_interleave(lengths).to(device)
         self._lengths = lengths.to(device)
