@@ -151,6 +151,12 @@ def test_a_cache_that_cannot_be_written_is_done_without(fresh):
     assert attention_library() is not None
 
 
+@needs_compiler
+def test_cc_may_bring_arguments(fresh, monkeypatch):
+    monkeypatch.setenv("CC", f"{shutil.which('cc')} -DOURS")
+    assert attention_library() is not None
+
+
 @pytest.mark.parametrize("why", ["no compiler", "HACAN_EAGER"])
 def test_without_a_compiler_the_scores_are_the_same(fresh, monkeypatch, caplog, why):
     images, texts = features(6)

@@ -47,17 +47,17 @@ def _words_ask(library: ctypes.CDLL, block: Block, dots: Tensor, temperature: fl
     scratch, threads, (tokens, images, regions) = block.scratch, torch.get_num_threads(), dots.shape
     captions, bounds = len(block.segments.bounds) - 1, block.segments.bounds.data_ptr()
     scores = dots.new_empty(captions, images)
-    weights = scratch("weights", *dots.shape)
+    weights, work = scratch("weights", *dots.shape), scratch("work", threads, regions)
     along, floors = scratch("along", tokens, images), scratch("floors", tokens, images)
+    inverse_norms = block.tokens.inverse_norms.contiguous()
     library.weigh_t2i(
         dots.data_ptr(), captions, images, regions, bounds, temperature, focal,
-        weights.data_ptr(), along.data_ptr(), floors.data_ptr(), scratch("norms", threads, regions).data_ptr(), threads,
+        weights.data_ptr(), along.data_ptr(), floors.data_ptr(), work.data_ptr(), threads,
     )  # fmt: skip
     half = block.layout.times(weights, block.regions.grams, scratch=scratch)
     library.score_t2i(
         weights.data_ptr(), half.data_ptr(), half.stride(0), half.stride(1), along.data_ptr(), floors.data_ptr(),
-        block.tokens.inverse_norms.contiguous().data_ptr(), captions, images, regions, bounds,
-        scores.data_ptr(), threads,
+        inverse_norms.data_ptr(), captions, images, regions, bounds, scores.data_ptr(), threads,
     )  # fmt: skip
     return scores
 

@@ -7,6 +7,9 @@ For queries q and sources s, lambda the inverse temperature:
 
 The attended vectors u are never formed: q . u = sum_s w (q . s), and ||u||^2 = w G w^T with G = S S^T once per item. A
 cosine does not depend on the length of u, so the weights are never divided by their sum.
+
+On a CPU, in float32 and without gradients, attention.c does the same where there is a C compiler: what changes here
+must change there, and the tests hold both against the twin.
 """
 
 import math

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,16 +33,16 @@ def attention_library() -> ctypes.CDLL | None:
     It is kept in ~/.cache/hacan (or $XDG_CACHE_HOME/hacan), by source, compiler and processor. The compiler is $CC, or
     cc. A compiler that fails is warned of, once a process.
     """
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if os.environ.get("HACAN_EAGER") or platform.system() != "Linux" or compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if os.environ.get("HACAN_EAGER") or platform.system() != "Linux" or shutil.which(compiler[0]) is None:
         return None
     try:
         library = _load(compiler)
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = getattr(error, "stderr", None) or str(error)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home folder
+        why = (getattr(error, "stderr", None) or "").strip() or str(error)
         log.warning(
             "%s could not make a library of %s, so scores on the CPU are computed without it, the same and more slowly "
-            "(HACAN_EAGER=1 asks for that): %s", compiler, SOURCE.name, why.strip().splitlines()[0],
+            "(HACAN_EAGER=1 asks for that): %s", shlex.join(compiler), SOURCE.name, why.splitlines()[0],
         )  # fmt: skip
         return None
     for name, types in ARGUMENTS.items():
@@ -50,7 +51,7 @@ def attention_library() -> ctypes.CDLL | None:
     return library
 
 
-def _load(compiler: str) -> ctypes.CDLL:
+def _load(compiler: list[str]) -> ctypes.CDLL:
     """From the cache, where it is compiled to if need be; from a temporary folder where the cache cannot be written."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hacan"
     kept = folder / f"attention-{_fingerprint(compiler)}.so"
@@ -69,20 +70,20 @@ def _load(compiler: str) -> ctypes.CDLL:
         return loaded
 
 
-def _compile(compiler: str, folder: Path) -> Path:
+def _compile(compiler: list[str], folder: Path) -> Path:
     part, library = folder / "attention.o", folder / "attention.so"
-    _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part))
+    _run(*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part))
     # Without -fopenmp: the functions of OpenMP are those that torch has loaded, so that there is one pool of threads.
-    _run(compiler, "-shared", str(part), "-o", str(library), "-lm")
+    _run(*compiler, "-shared", str(part), "-o", str(library), "-lm")
     return library
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """What the library depends on: a home folder may be shared by machines with other processors."""
     cpuinfo = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     features = [line for line in cpuinfo if line.lower().startswith(("flags", "features", "model name", "cpu part"))]
-    version = _run(compiler, "--version")
-    parts = [SOURCE.read_text(), *FLAGS, compiler, version, platform.machine(), *features]
+    version = _run(*compiler, "--version")
+    parts = [SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), *features]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
