@@ -189,6 +189,7 @@ def alignment_alone(alignment: torch.nn.Module, device: torch.device) -> Member:
         device=device,
         encode_images=lambda pixels: pixels,
         encode_texts=lambda token_ids, mask: token_ids,
+        prepare=alignment.prepare,
         score=lambda images, texts, streams: alignment(images, texts, streams=streams),
         score_pairs=lambda images, texts, pairs, streams: alignment.pairs(images, texts, pairs, streams=streams),
     )

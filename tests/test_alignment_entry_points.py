@@ -109,6 +109,50 @@ def _reversed(tokens, mask):
     return tokens
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("name", "focal_type"), FORMS)
+def test_prepared_texts_score_the_same_and_are_derived_from_once(name, focal_type, direction, monkeypatch):
+    images, texts = features(29, texts=(4, 1, 6, 0, 3, 5, 4))
+    alignment = form(name, focal_type, direction)
+    expected = alignment(images, texts)
+    filtered = alignment(images, texts, streams=("ksf",))
+    derived, derive = [], type(alignment).derive_tokens
+    monkeypatch.setattr(
+        type(alignment), "derive_tokens", lambda *a, **named: (derived.append(a), derive(*a, **named))[1]
+    )
+    prepared = alignment.prepare(texts)
+    assert len(derived) == 2  # both levels
+    torch.testing.assert_close(alignment(images, prepared), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(alignment(images, prepared, streams=("ksf",)), filtered, atol=1e-6, rtol=0)
+    listed = alignment.pairs(images, prepared, SHUFFLED)
+    torch.testing.assert_close(listed, expected[SHUFFLED[:, 0], SHUFFLED[:, 1]], atol=1e-6, rtol=0)
+    assert len(derived) == 2
+    with pytest.raises(ValueError, match="outside of 3 images and 7 texts"):
+        alignment.pairs(images, prepared, torch.tensor([[0, 7]]))
+
+
+def test_prepared_texts_ask_for_their_alignment_and_their_type():
+    images, texts = features(30)
+    prepared = form("hybrid", "prob", "i2t").prepare(texts)
+    with pytest.raises(ValueError, match="this very alignment prepared"):
+        form("hybrid", "prob", "i2t")(images, prepared)
+    alignment = form("hybrid", "prob", "i2t")
+    with pytest.raises(ValueError, match=r"prepared in torch\.float32 on cpu, and images are torch\.float64"):
+        alignment(changed(images, torch.Tensor.double), alignment.prepare(texts))
+
+
+def test_prepared_texts_get_no_gradient_and_images_do():
+    images, texts = features(31)
+    texts = texts._replace(high=texts.high.nan_to_num().requires_grad_())
+    regions = images.high.clone().requires_grad_()
+    alignment = form("hybrid", "prob", "both")
+    scores = alignment(images._replace(high=regions), alignment.prepare(texts))
+    expected = alignment(images._replace(high=regions), texts._replace(high=texts.high.detach()))
+    for found, right in zip(*(torch.autograd.grad(each.sum(), regions) for each in (scores, expected)), strict=True):
+        torch.testing.assert_close(found, right)
+    assert not alignment.prepare(texts).texts.high.requires_grad
+
+
 def test_packing_takes_any_mask():
     high = torch.arange(24.0).view(2, 4, 3)
     mask = torch.tensor([[True, False, True, True], [False, True, False, False]])

@@ -341,6 +341,18 @@ def test_the_curve_ends_at_the_full_ranking_and_passes_through_k(tmp_path, coars
     assert json.loads((tmp_path / "metrics.json").read_text())["curve"]["suggested_k"] == found.curve.suggested_k
 
 
+def test_texts_are_prepared_once_for_all_blocks_of_all_stages():
+    split, *_ = make_split([image for image in range(35) for _ in range(2)], images=35)  # three blocks of 16 images
+    member, calls = make_member(), []
+
+    def counted(name):
+        return lambda *arguments: (calls.append(name), getattr(member, name)(*arguments))[1]
+
+    names = ("prepare", "score", "score_pairs")
+    run([member._replace(**{name: counted(name) for name in names})], split, Protocol(coarse="release", top_k=3))
+    assert [calls.count(name) for name in names] == [1, 1, 3]
+
+
 def test_a_model_that_gives_nan_is_an_error_and_never_a_rank():
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
     model = ToyModel(0)

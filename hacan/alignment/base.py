@@ -4,21 +4,21 @@ A block is N images x T tokens of m captions without padding. One matrix product
 [T, N, R]; everything after that is done while they are in the cache.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hacan.alignment.bank import TokenBank, levels_of
 from hacan.alignment.blocks import listed_blocks
+from hacan.alignment.call import call_on, prepared_texts
 from hacan.alignment.layouts import Listing, Rectangle
-from hacan.alignment.packing import CaptionOrder, pack_texts
-from hacan.alignment.plan import Plan, make_plan, saved_bytes, shares_of_cache
-from hacan.alignment.scratch import Scratch, scratch_of_thread
+from hacan.alignment.packing import pack_texts
+from hacan.alignment.plan import saved_bytes, shares_of_cache
+from hacan.alignment.scratch import Scratch
 from hacan.alignment.segments import Segments
-from hacan.alignment.sides import LEVELS, STREAMS, Block, Regions, TokenBank, Tokens, region_features
+from hacan.alignment.sides import LEVELS, STREAMS, Block, Regions, Tokens, region_features
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 DIRECTIONS = ("i2t", "t2i", "both")
@@ -74,34 +74,43 @@ class FineAlignment(nn.Module):
         """What one stream of one pair looks at, [T, R]."""
         raise NotImplementedError
 
+    def prepare(self, texts: EncodedTexts | PackedTexts) -> TokenBank:
+        """Captions for many calls on one gallery: what is derived of them is computed here, once.
+
+        The result takes the place of the texts in the calls of this alignment, with images on the device of the texts
+        and of no wider type. No gradient reaches the texts.
+        """
+        return prepared_texts(self, texts)
+
     def forward(
-        self, images: EncodedImages, texts: EncodedTexts | PackedTexts, *, streams: tuple[str, ...] = STREAMS
+        self,
+        images: EncodedImages,
+        texts: EncodedTexts | PackedTexts | TokenBank,
+        *,
+        streams: tuple[str, ...] = STREAMS,
     ) -> Tensor:
         """Fine similarity of all pairs, [N, M] float32 (float64 for float64 features), the sum of `streams`."""
-        texts = texts if isinstance(texts, PackedTexts) else pack_texts(texts)
-        with _exact(images, texts) as gradient:
-            count = len(images.high)
-            order = CaptionOrder(texts, torch.arange(len(texts.offsets) - 1), drop_ends=self.drop_ends)
-            plan, bank = self._prepare(images, texts, order, streams, gradient)
-            scores = images.high.new_zeros(count, len(texts.offsets) - 1, dtype=bank.dtype)
+        with call_on(self, images, texts, streams) as (plan, bank, scratch, gradient):
+            count, order, levels = len(images.high), bank.order, levels_of(streams)
+            scores = images.high.new_zeros(count, len(bank.texts.offsets) - 1, dtype=bank.dtype)
             chunks = order.chunks(torch.arange(len(order)), plan.rows(min(plan.images, max(count, 1))))
-            gathered = [{lv: bank.features(lv, at) for lv in bank.levels} for at in chunks] if gradient else None
+            gathered = [{lv: bank.features(lv, at, scratch) for lv in levels} for at in chunks] if gradient else None
             kept = saved_bytes(images, int(order.lengths.sum()), streams, bank.dtype, directions=len(self.directions))
             frugal = gradient and kept > plan.budget
             for first in range(0, count, plan.images):
                 rows = torch.arange(first, min(first + plan.images, count))
                 regions = self._regions(images, rows, bank.dtype, streams)
                 for k, places in enumerate(chunks):
-                    tokens, segments = bank.tokens(places, gathered and gathered[k])
+                    tokens, segments = bank.tokens(places, levels, scratch, gathered and gathered[k])
                     captions = order.captions[places].to(scores.device)
-                    block = self._block(regions, tokens, segments, Rectangle(), bank.scratch, streams, frugal)
+                    block = self._block(regions, tokens, segments, Rectangle(), scratch, streams, frugal)
                     scores[first : first + len(rows), captions] = block.T
             return scores
 
     def pairs(
         self,
         images: EncodedImages,
-        texts: EncodedTexts | PackedTexts,
+        texts: EncodedTexts | PackedTexts | TokenBank,
         pairs: Tensor,
         *,
         streams: tuple[str, ...] = STREAMS,
@@ -111,18 +120,14 @@ class FineAlignment(nn.Module):
         Pairs are scored image by image: its regions are never copied, and the tokens of its list are gathered once.
         Images whose lists are equal share one gather.
         """
-        texts = texts if isinstance(texts, PackedTexts) else pack_texts(texts)
         pairs = pairs.cpu()
-        _check_pairs(pairs, len(images.high), len(texts.offsets) - 1)
-        with _exact(images, texts) as gradient:
-            order = CaptionOrder(texts, pairs[:, 1].unique(), drop_ends=self.drop_ends)
-            plan, bank = self._prepare(images, texts, order, streams, gradient)
+        with call_on(self, images, texts, streams, pairs) as (plan, bank, scratch, _):
             scores = images.high.new_zeros(len(pairs), dtype=bank.dtype)
-            places = order.places_of(pairs[:, 1])
-            for block in listed_blocks(pairs[:, 0], places, order, most_images=plan.images, rows=plan.rows):
+            places = bank.order.places_of(pairs[:, 1])
+            for block in listed_blocks(pairs[:, 0], places, bank.order, most_images=plan.images, rows=plan.rows):
                 regions = self._regions(images, block.images, bank.dtype, streams)
-                tokens, segments = bank.tokens(block.places)
-                part = self._block(regions, tokens, segments, block.layout(bank.device), bank.scratch, streams)
+                tokens, segments = bank.tokens(block.places, levels_of(streams), scratch)
+                part = self._block(regions, tokens, segments, block.layout(bank.device), scratch, streams)
                 scores[block.targets.flatten().to(scores.device)] = part.T.flatten()
             return scores
 
@@ -141,22 +146,18 @@ class FineAlignment(nn.Module):
             raise ValueError(
                 f"{len(image.high)} images and {len(text.offsets) - 1} texts: expected one of each (slice i : i + 1)"
             )
-        with _exact(image, text):
-            order = CaptionOrder(text, torch.zeros(1, dtype=torch.int64), drop_ends=self.drop_ends)
-            if not len(order):
+        with call_on(self, image, text, streams) as (_, bank, scratch, _):
+            if not len(bank.order):
                 raise ValueError("the text has no real token, so there is nothing to look at")
-            _, bank = self._prepare(image, text, order, streams, gradient=False)
             place = torch.zeros(1, dtype=torch.int64)
             regions = self._regions(image, place, bank.dtype, streams)
-            tokens, segments = bank.tokens(place)
+            tokens, segments = bank.tokens(place, levels_of(streams), scratch)
             words = torch.zeros(int(text.offsets[1]), dtype=torch.bool)
-            words[order.bank_rows(place)] = True
+            words[bank.order.bank_rows(place)] = True
             maps = {}
             for stream in streams:
                 of_image, of_text = LEVELS[stream]
-                block = Block(
-                    regions[of_image], tokens[of_text], segments, Rectangle(), bank.scratch, self.product_dtype
-                )
+                block = Block(regions[of_image], tokens[of_text], segments, Rectangle(), scratch, self.product_dtype)
                 weights = regions[of_image].features.new_zeros(len(words), regions[of_image].features.shape[1])
                 weights[words.to(weights.device)] = self.attention_stream(stream, block)
                 maps[stream] = AttentionMap(weights, words, of_image, of_text)
@@ -190,31 +191,6 @@ class FineAlignment(nn.Module):
             total = scores if total is None else total + scores
         return total
 
-    def _prepare(
-        self, images: EncodedImages, texts: PackedTexts, order: CaptionOrder, streams: tuple[str, ...], gradient: bool
-    ) -> tuple[Plan, TokenBank]:
-        """Block sizes, and the captions with what is derived of them once."""
-        unknown = [stream for stream in streams if stream not in STREAMS]
-        if unknown or not streams:
-            raise ValueError(f"streams={streams!r}: expected some of {', '.join(STREAMS)}")
-        widths = {x.shape[-1] for x in (*images[:2], *texts[:2])}
-        if len(widths) > 1:
-            raise ValueError(
-                f"regions are {list(images.high.shape)} and {list(images.mid.shape)}, tokens {list(texts.high.shape)} "
-                f"and {list(texts.mid.shape)}: expected one width d; project them to one width first"
-            )
-        device = images.high.device
-        dtype = torch.promote_types(torch.promote_types(images.high.dtype, texts.high.dtype), torch.float32)
-        plan = make_plan(images, device, dtype, score_memory=self.score_memory)
-        bank = TokenBank(
-            texts,
-            order,
-            {LEVELS[stream][1] for stream in streams},
-            scratch_of_thread(device, dtype, active=not gradient),
-        )
-        bank.derive(self, {"high"} if "ksf" in streams else set(), max(1, plan.budget // 4 // plan.row_bytes))
-        return plan, bank
-
     def _regions(
         self, images: EncodedImages, rows: Tensor, dtype: torch.dtype, streams: tuple[str, ...]
     ) -> dict[str, Regions]:
@@ -225,20 +201,3 @@ class FineAlignment(nn.Module):
             )
             for level in levels
         }
-
-
-@contextmanager
-def _exact(images: EncodedImages, texts: PackedTexts) -> Iterator[bool]:
-    """Outside of autocast, and with gradients only if something asks for them; yields whether."""
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*images[:2], *texts[:2]))
-    with torch.autocast(images.high.device.type, enabled=False), torch.set_grad_enabled(gradient):
-        yield gradient
-
-
-def _check_pairs(pairs: Tensor, images: int, texts: int) -> None:
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
-        raise ValueError(f"pairs is {list(pairs.shape)} of {pairs.dtype}, expected [P, 2] int64: (image, text)")
-    if len(pairs) and (int(pairs.min()) < 0 or int(pairs[:, 0].max()) >= images or int(pairs[:, 1].max()) >= texts):
-        raise ValueError(
-            f"pairs name items outside of {images} images and {texts} texts; check their order: image, text"
-        )

@@ -13,6 +13,7 @@ from hacan.types import EncodedImages
 CPU_BLOCK, CPU_LISTING, CPU_IMAGES, CPU_SHARE = 800_000, 1_000_000, 16, 4
 ACCELERATOR_IMAGES = 128
 SAVED_PER_ELEMENT = 6  # tensors of the size of the dot products that autograd keeps, for each direction
+ROWS_PER_TOKEN = 6  # tensors of the size of a block's tokens alive at once
 PASSES_PER_BLOCK = 10  # tensors of the size of the dot products alive at once, without autograd
 
 
@@ -43,11 +44,16 @@ def make_plan(images: EncodedImages, device: torch.device, dtype: torch.dtype, *
     return Plan(
         images=max(1, min(most, budget // 4 // image_bytes)),
         budget=budget,
-        row_bytes=itemsize * width * 6,
+        row_bytes=itemsize * width * ROWS_PER_TOKEN,
         cell_bytes=itemsize * max(places) * PASSES_PER_BLOCK,
         cells=CPU_BLOCK // max(places) if on_cpu else budget,
         listed_cells=CPU_LISTING // max(places) if on_cpu else budget,
     )
+
+
+def derived_rows(width: int, dtype: torch.dtype, *, score_memory: int) -> int:
+    """Tokens of which something is derived at a time."""
+    return max(1, int(score_memory * 2**20) // 4 // (dtype.itemsize * width * ROWS_PER_TOKEN))
 
 
 def saved_bytes(

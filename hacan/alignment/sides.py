@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from hacan.alignment.layouts import Listing, Rectangle
-from hacan.alignment.packing import CaptionOrder
 from hacan.alignment.scratch import Scratch
-from hacan.alignment.segments import Segments, run_lengths
-from hacan.types import EncodedImages, PackedTexts
+from hacan.alignment.segments import Segments
+from hacan.types import EncodedImages
 
 STREAMS = ("ksf", "lrg_high", "lrg_mid")
 LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid", "high")}  # of image, of text
@@ -70,85 +69,9 @@ def residuals(sources: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return rest, inverse_norms(rest) * (sizes[0] > 32 * torch.finfo(sources.dtype).eps * sizes[1])
 
 
-class TokenBank:
-    """Serves the tokens of captions, gathered and upcast on demand; what is small is computed once and kept."""
-
-    def __init__(self, texts: PackedTexts, order: CaptionOrder, levels: set[str], scratch: Scratch) -> None:
-        self.order, self.scratch = order, scratch
-        self.device, self.dtype = scratch.device, scratch.dtype
-        self.levels = sorted(levels)
-        self._banks = {level: getattr(texts, level) for level in self.levels}
-        self._derived: dict[str, Tokens] = {}
-        self._grams: dict[str, dict[int, Tensor]] = {}
-
-    def derive(self, form, filtered: set[str], rows: int) -> None:  # noqa: ANN001
-        """Let a form compute its statistics of all captions, `rows` tokens at a time."""
-        everything = torch.arange(len(self.order))
-        for level in self.levels:
-            parts, grams = [], {}
-            for places in self.order.chunks(everything, rows):
-                segments = self.order.segments(places, self.device)
-                part = form.derive_tokens(self.features(level, places), segments, filtered=level in filtered)
-                for (length, _), gram in zip(segments.runs, part.grams or (), strict=False):
-                    longest = run_lengths(length)
-                    padding = (0, longest - length) * 2  # zeros, for the tokens that stand in add nothing
-                    grams.setdefault(longest, []).append(torch.nn.functional.pad(gram, padding))
-                parts.append(part._replace(features=None, grams=None))
-            columns = zip(*(parts or [Tokens(None)]), strict=True)
-            self._derived[level] = Tokens(*(None if column[0] is None else torch.cat(column) for column in columns))
-            self._grams[level] = {length: torch.cat(pieces) for length, pieces in grams.items()}
-
-    def features(self, level: str, places: Tensor) -> Tensor:
-        """Tokens [T, d] of the captions at these places of the order.
-
-        Without gradients the next call for this level may overwrite them.
-        """
-        bank, rows = self._banks[level], self.order.bank_rows(places)
-        if bool((rows.diff() == 1).all()):
-            picked = bank[int(rows[0]) : int(rows[-1]) + 1]
-        else:
-            shape = (len(rows), bank.shape[1])
-            out = self.scratch(f"tokens {level}", *shape, dtype=bank.dtype) if bank.device == self.device else None
-            picked = torch.index_select(bank, 0, rows.to(bank.device), out=out)
-        if picked.dtype == self.dtype and picked.device == self.device:
-            return picked
-        wide = self.scratch(f"tokens {level}", *picked.shape)
-        return picked.to(device=self.device, dtype=self.dtype) if wide is None else wide.copy_(picked)
-
-    def tokens(self, places: Tensor, features: dict[str, Tensor] | None = None) -> tuple[dict[str, Tokens], Segments]:
-        """All levels of the captions at these places; `features` where they are already gathered."""
-        segments = self.order.segments(places, self.device)
-        rows = self.order.rows(places).to(self.device)
-        counts = [count for _, count in segments.runs]
-        in_run = self.order.places_in_run(places[segments.by_length]).to(self.device).split(counts)
-        sides = {}
-        for level in self.levels:
-            derived, grams = self._derived[level], self._grams[level]
-            sides[level] = Tokens(
-                features=self.features(level, places) if features is None else features[level],
-                inverse_norms=_take(derived.inverse_norms, rows),
-                inverse_residual_norms=_take(derived.inverse_residual_norms, rows),
-                grams=tuple(
-                    _some_grams(grams, length, at) for (length, _), at in zip(segments.runs, in_run, strict=True)
-                )
-                if grams
-                else None,
-            )
-        return sides, segments
-
-
 def region_features(images: EncodedImages, level: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Regions [N, R, d] of some images (ascending rows), a view where they stand together and need no upcast."""
     bank = getattr(images, level)
     if bool((rows.diff() == 1).all()):
         return bank[int(rows[0]) : int(rows[-1]) + 1].to(dtype)
     return bank.index_select(0, rows.to(bank.device)).to(dtype)
-
-
-def _take(values: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if values is None else values.index_select(0, rows)
-
-
-def _some_grams(grams: dict[int, Tensor], length: int, places: Tensor) -> Tensor:
-    """[count, length, length] of the captions at these places of their run."""
-    return grams[run_lengths(length)].index_select(0, places)[:, :length, :length]
