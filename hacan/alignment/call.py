@@ -1,8 +1,8 @@
 """What every call of an alignment begins with: its arguments checked, its captions at hand, its blocks planned."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +11,16 @@ from hacan.alignment.bank import TokenBank
 from hacan.alignment.packing import CaptionOrder, pack_texts
 from hacan.alignment.plan import Plan, derived_rows, make_plan
 from hacan.alignment.scratch import Scratch, scratch_of_thread
-from hacan.alignment.sides import STREAMS
+from hacan.alignment.sides import STREAMS, Tokens
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
-if TYPE_CHECKING:
-    from hacan.alignment.base import FineAlignment
+
+class Form(Protocol):
+    """What a call asks of an alignment (`FineAlignment` says what each is)."""
+
+    drop_ends: bool
+    score_memory: int
+    derive_tokens: Callable[..., Tokens]
 
 
 class Call(NamedTuple):
@@ -29,7 +34,7 @@ class Call(NamedTuple):
 
 @contextmanager
 def call_on(
-    form: "FineAlignment",
+    form: Form,
     images: EncodedImages,
     texts: EncodedTexts | PackedTexts | TokenBank,
     streams: tuple[str, ...],
@@ -59,7 +64,7 @@ def call_on(
 
 
 @torch.no_grad()
-def prepared_texts(form: "FineAlignment", texts: EncodedTexts | PackedTexts) -> TokenBank:
+def prepared_texts(form: Form, texts: EncodedTexts | PackedTexts) -> TokenBank:
     """All captions, for any stream of many calls, without gradients."""
     high, mid, *rest = _packed(texts)
     texts = PackedTexts(high.detach(), mid.detach(), *rest)
@@ -69,7 +74,7 @@ def prepared_texts(form: "FineAlignment", texts: EncodedTexts | PackedTexts) -> 
 
 
 def _bank(
-    form: "FineAlignment",
+    form: Form,
     texts: PackedTexts,
     captions: Tensor,
     streams: tuple[str, ...],
