@@ -37,6 +37,7 @@ def test_listed_pairs_are_entries_of_all_pairs(name, focal_type, direction, scor
         torch.testing.assert_close(found, scores[pairs[:, 0], pairs[:, 1]], atol=2e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
 def test_listed_pairs_of_one_stream(name, focal_type):
     images, texts = features(41)
@@ -109,6 +110,7 @@ def _reversed(tokens, mask):
     return tokens
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
 def test_prepared_texts_score_the_same_and_are_derived_from_once(name, focal_type, direction, monkeypatch):

@@ -1,5 +1,6 @@
-/* The hybrid form's attention between its matrix products (METHOD section 2): what hybrid.py does in passes over a
- * block is done here pair by pair, while the pair is in the innermost cache. float32, no gradients; fused.py calls it.
+/* The hybrid form's attention between its matrix products (METHOD section 2): what hybrid.py does in a dozen passes
+ * over a block is done here pair by pair, while the pair is in the innermost cache. float32, no gradients; fused.py
+ * calls it.
  *
  * dots are [T, N, R]: the tokens of all captions, N images of R regions; caption c has the tokens starts[c] to
  * starts[c + 1]. With a = LeakyReLU_0.1(dots), for queries q and sources s:
@@ -19,23 +20,23 @@ static const float EPS = 1.1920929e-7f;
 
 static inline float leaky(float x) { return x > 0 ? x : 0.1f * x; }
 
-static inline float larger(float x, float y) { return x > y ? x : y; }
+static inline float larger(float x, float y) { return x > y ? x : y; } /* y if one of them is NaN */
 
-/* exp of x <= 0, to 2 units in the last place; of 0 it is 1 exactly, and what is below -87 counts as -87. */
+/* exp of x <= 0, to 2 units in the last place; of 0 it is 1 exactly, and what is below -87 counts as -87. Products and
+ * sums are left for the compiler to fuse: fmaf would be a call where the processor cannot. */
 static inline float exponential(float x)
 {
     x = x < -87.0f ? -87.0f : x;
     float n = rintf(x * 1.44269504f);
-    float r = fmaf(n, -0.693359375f, x); /* r = x - n log 2, with log 2 in two parts */
-    r = fmaf(n, 2.12194440e-4f, r);
-    float p = 1.0f / 5040; /* Taylor: |r| <= log 2 / 2 */
-    p = fmaf(p, r, 1.0f / 720);
-    p = fmaf(p, r, 1.0f / 120);
-    p = fmaf(p, r, 1.0f / 24);
-    p = fmaf(p, r, 1.0f / 6);
-    p = fmaf(p, r, 0.5f);
-    p = fmaf(p, r, 1.0f);
-    p = fmaf(p, r, 1.0f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n log 2, in two parts: the first product is exact */
+    float p = 1.0f / 5040;                               /* Taylor: |r| <= log 2 / 2 */
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
     union { uint32_t bits; float value; } power = {(uint32_t)((int32_t)n + 127) << 23}; /* 2^n */
     return p * power.value;
 }
@@ -111,7 +112,7 @@ static float regions_ask(const float *dots, int64_t stride, int64_t words, int64
         int64_t lanes = regions - first < LANES ? regions - first : LANES; /* the others hold nothing of use */
         for (int64_t r = 0; r < lanes; r++) {
             float least = 1e-8f * total[first + r];
-            score += along[first + r] / sqrtf(larger(square[r], least * least)) * inverse_norms[first + r];
+            score += along[first + r] / sqrtf(larger(least * least, square[r])) * inverse_norms[first + r];
         }
     }
     return score / regions;
@@ -159,20 +160,24 @@ static void words_ask(const float *dots, int64_t stride, int64_t words, int64_t 
     }
 }
 
+static int64_t padded(int64_t regions) { return (regions + LANES - 1) / LANES * LANES; }
+
+/* Numbers of work that score_i2t needs for each thread; longest: tokens of the longest caption. */
+int64_t work_i2t(int64_t longest, int64_t regions) { return (longest + 4) * padded(regions); }
+
 /* i2t scores [captions, images]. grams: of each caption's tokens, rows gram_strides apart; inverse_norms: of the
- * regions [images, regions] that a caption meets, norm_stride further on for the next; work: [threads, longest + 4,
- * width], longest: tokens of the longest caption. */
+ * regions [images, regions] that a caption meets, norm_stride further on for the next; work: [threads, work_i2t]. */
 void score_i2t(const float *dots, int64_t captions, int64_t images, int64_t regions, const int64_t *starts,
                float temperature, int focal, const float *const *grams, const int64_t *gram_strides,
                const float *inverse_norms, int64_t norm_stride, float *scores, float *work, int64_t longest,
                int threads)
 {
-    int64_t width = (regions + LANES - 1) / LANES * LANES, stride = images * regions;
+    int64_t width = padded(regions), stride = images * regions;
 #pragma omp parallel for collapse(2) schedule(dynamic, 8) num_threads(threads)
     for (int64_t c = 0; c < captions; c++)
         for (int64_t n = 0; n < images; n++) {
             const float *d = dots + starts[c] * stride + n * regions, *inverse = inverse_norms + c * norm_stride;
-            float *e = work + omp_get_thread_num() * (longest + 4) * width;
+            float *e = work + omp_get_thread_num() * work_i2t(longest, regions);
             scores[c * images + n] =
                 regions_ask(d, stride, starts[c + 1] - starts[c], regions, width, temperature, focal, grams[c],
                             gram_strides[c], inverse + n * regions, e, e + longest * width);
@@ -208,7 +213,7 @@ void score_t2i(const float *e, const float *half, int64_t half_token, int64_t ha
                 float square = 0;
 #pragma omp simd reduction(+ : square)
                 for (int64_t r = 0; r < regions; r++) square += et[r] * ht[r];
-                score += along[word] / sqrtf(larger(square, floors[word])) * inverse_norms[t];
+                score += along[word] / sqrtf(larger(floors[word], square)) * inverse_norms[t];
             }
             scores[c * images + n] = score / (starts[c + 1] - starts[c]);
         }

@@ -78,7 +78,8 @@ class FineAlignment(nn.Module):
         """Captions for many calls on one gallery: what is derived of them is computed here, once.
 
         The result takes the place of the texts in the calls of this alignment, with images on the device of the texts
-        and of no wider type. No gradient reaches the texts.
+        (float64 images want float64 texts). It holds these texts, which must not change afterwards; no gradient
+        reaches them.
         """
         return prepared_texts(self, texts)
 

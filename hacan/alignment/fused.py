@@ -9,7 +9,6 @@ from hacan.alignment.native import attention_library
 from hacan.alignment.sides import Block
 
 FOCAL = {None: 0, "prob": 1, "equal": 2}  # as attention.c counts them
-LANES = 16  # of attention.c
 
 
 def library_for(block: Block) -> ctypes.CDLL | None:
@@ -34,7 +33,7 @@ def _regions_ask(library: ctypes.CDLL, block: Block, dots: Tensor, temperature: 
     grams, gram_strides = _addresses(block)
     inverse_norms = block.layout.at_pairs(block.regions.inverse_norms).contiguous()  # [N, R], or [m, 1, R] of a listing
     longest = segments.runs[-1][0]
-    work = block.scratch("work", threads, longest + 4, -(-regions // LANES) * LANES)
+    work = block.scratch("work", threads * library.work_i2t(longest, regions))
     library.score_i2t(
         dots.data_ptr(), captions, images, regions, segments.bounds.data_ptr(), temperature, focal,
         grams.data_ptr(), gram_strides.data_ptr(), inverse_norms.data_ptr(), regions if inverse_norms.ndim == 3 else 0,

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from ctypes import c_float, c_int, c_int64, c_void_p
@@ -16,10 +17,11 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("attention.c")
-# No -ffast-math: NaN must stay NaN, and it would change rounding in all of the process.
+# No -ffast-math: NaN must stay NaN.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _BLOCK = [c_int64] * 3 + [c_void_p]  # captions, images, regions, starts
 ARGUMENTS = {
+    "work_i2t": [c_int64, c_int64],
     "score_i2t": [c_void_p, *_BLOCK, c_float, c_int, *[c_void_p] * 3, c_int64, *[c_void_p] * 2, c_int64, c_int],
     "weigh_t2i": [c_void_p, *_BLOCK, c_float, c_int, *[c_void_p] * 4, c_int],
     "score_t2i": [c_void_p] * 2 + [c_int64] * 2 + [c_void_p] * 3 + [*_BLOCK, c_void_p, c_int],
@@ -28,46 +30,61 @@ ARGUMENTS = {
 
 @cache
 def attention_library() -> ctypes.CDLL | None:
-    """The compiled functions of attention.c; None without a compiler, outside of Linux and where HACAN_EAGER is set.
+    """The compiled functions of attention.c; None without a compiler, outside of Linux and with HACAN_EAGER=1.
 
-    It is kept in ~/.cache/hacan (or $XDG_CACHE_HOME/hacan), by source, compiler and processor. The compiler is $CC, or
-    cc. A compiler that fails is warned of, once a process.
+    The compiler is $CC, or cc, and must be gcc or make what gcc makes: its OpenMP is that of torch. What it made is
+    kept in ~/.cache/hacan (or $XDG_CACHE_HOME/hacan), by source, compiler and processor; where that folder cannot be
+    written, or could be by others, every process compiles for itself. A compiler that fails is warned of.
     """
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if os.environ.get("HACAN_EAGER") or platform.system() != "Linux" or shutil.which(compiler[0]) is None:
+    if os.environ.get("HACAN_EAGER", "0") not in ("", "0") or platform.system() != "Linux":
         return None
     try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+        if shutil.which(compiler[0]) is None:
+            return None
         library = _load(compiler)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home folder
-        why = (getattr(error, "stderr", None) or "").strip() or str(error)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [repr(error)]
         log.warning(
             "%s could not make a library of %s, so scores on the CPU are computed without it, the same and more slowly "
-            "(HACAN_EAGER=1 asks for that): %s", shlex.join(compiler), SOURCE.name, why.splitlines()[0],
+            "(CC=gcc names a compiler, HACAN_EAGER=1 asks for none): %s",
+            os.environ.get("CC") or "cc", SOURCE.name, next((line for line in lines if "error" in line), lines[0]),
         )  # fmt: skip
         return None
     for name, types in ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
+    library.work_i2t.restype = c_int64
     return library
 
 
 def _load(compiler: list[str]) -> ctypes.CDLL:
-    """From the cache, where it is compiled to if need be; from a temporary folder where the cache cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hacan"
-    kept = folder / f"attention-{_fingerprint(compiler)}.so"
-    if kept.exists():
-        return ctypes.CDLL(str(kept))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(dir=folder)
-    except OSError:
-        place = tempfile.TemporaryDirectory()
-    with place as inside:
+    """From the cache, where it is compiled to if need be; else from a temporary folder."""
+    folder, name = _cache_folder(), f"attention-{_fingerprint(compiler)}.so"
+    if folder is not None:
+        try:
+            return ctypes.CDLL(str(folder / name))
+        except OSError:
+            pass  # not there, or spoilt: it is made anew
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as inside:
         library = _compile(compiler, Path(inside))
         loaded = ctypes.CDLL(str(library))
-        if Path(inside).parent == folder:
-            library.replace(kept)  # at once: another process may be about to load it
+        if folder is not None:
+            library.replace(folder / name)  # at once: another process may be about to load it
         return loaded
+
+
+def _cache_folder() -> Path | None:
+    """Where the library is kept; None where nothing can be kept that only this user can change."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "hacan"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    ours = state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if ours and os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _compile(compiler: list[str], folder: Path) -> Path:
@@ -79,13 +96,17 @@ def _compile(compiler: list[str], folder: Path) -> Path:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """What the library depends on: a home folder may be shared by machines with other processors."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    features = [line for line in cpuinfo if line.lower().startswith(("flags", "features", "model name", "cpu part"))]
-    version = _run(*compiler, "--version")
-    parts = [SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), *features]
+    """What the library depends on."""
+    parts = [SOURCE.read_text(), *FLAGS, *compiler, _run(*compiler, "--version"), *_processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def _processor() -> list[str]:
+    """What -march=native looks at: a home folder may be shared by machines with different ones."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    told = ("flags", "features", "model name", "cpu part")
+    return [platform.machine(), *(line for line in first if line.lower().startswith(told))]
+
+
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
