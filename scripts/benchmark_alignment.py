@@ -1,6 +1,6 @@
 """Speed and memory of the fine alignment at real sizes, beside the pure matrix products of the same sizes.
 
-    python scripts/benchmark_alignment.py                    # everything, about three minutes on two CPU cores
+    python scripts/benchmark_alignment.py                    # everything, about nine minutes on two CPU cores
     python scripts/benchmark_alignment.py --only pairs       # one part: all, pairs, training, share
     python scripts/benchmark_alignment.py --device cuda      # the same table on a GPU
     python scripts/benchmark_alignment.py --eager            # as where there is no C compiler

@@ -58,8 +58,7 @@ def call_on(
         )
     plan = make_plan(images, device, dtype, score_memory=form.score_memory)
     with _exact((*images[:2], *texts[:2])) as gradient:
-        captions = torch.arange(len(texts.offsets) - 1) if pairs is None else pairs[:, 1].unique()
-        bank = prepared or _bank(form, texts, captions, streams, device, dtype)
+        bank = prepared or _bank(form, texts, streams, device, dtype, captions=None if pairs is None else pairs[:, 1])
         yield Call(plan, bank, scratch_of_thread(device, dtype, active=not gradient), gradient)
 
 
@@ -69,21 +68,23 @@ def prepared_texts(form: Form, texts: EncodedTexts | PackedTexts) -> TokenBank:
     high, mid, *rest = _packed(texts)
     texts = PackedTexts(high.detach(), mid.detach(), *rest)
     with _exact(texts[:2]):
-        captions = torch.arange(len(texts.offsets) - 1)
-        return _bank(form, texts, captions, STREAMS, high.device, torch.promote_types(high.dtype, torch.float32))
+        return _bank(form, texts, STREAMS, high.device, torch.promote_types(high.dtype, torch.float32))
 
 
 def _bank(
     form: Form,
     texts: PackedTexts,
-    captions: Tensor,
     streams: tuple[str, ...],
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    captions: Tensor | None = None,
 ) -> TokenBank:
+    """A bank of these captions, which may repeat; None: of all."""
+    chosen = torch.arange(len(texts.offsets) - 1) if captions is None else captions.unique()
     return TokenBank(
         texts,
-        CaptionOrder(texts, captions, drop_ends=form.drop_ends),
+        CaptionOrder(texts, chosen, drop_ends=form.drop_ends),
         form.derive_tokens,
         streams=streams,
         device=device,

@@ -66,5 +66,4 @@ def _addresses(block: Block) -> tuple[Tensor, Tensor]:
     grams, segments = block.tokens.grams, block.segments
     places = [gram.data_ptr() + gram.element_size() * gram.stride(0) * torch.arange(len(gram)) for gram in grams]
     strides = [torch.full((len(gram),), gram.stride(1)) for gram in grams]
-    back = torch.argsort(segments.by_length)
-    return torch.cat(places)[back], torch.cat(strides)[back]
+    return segments.join(places), segments.join(strides)

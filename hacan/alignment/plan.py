@@ -44,7 +44,7 @@ def make_plan(images: EncodedImages, device: torch.device, dtype: torch.dtype, *
     return Plan(
         images=max(1, min(most, budget // 4 // image_bytes)),
         budget=budget,
-        row_bytes=itemsize * width * ROWS_PER_TOKEN,
+        row_bytes=_row_bytes(width, dtype),
         cell_bytes=itemsize * max(places) * PASSES_PER_BLOCK,
         cells=CPU_BLOCK // max(places) if on_cpu else budget,
         listed_cells=CPU_LISTING // max(places) if on_cpu else budget,
@@ -53,7 +53,11 @@ def make_plan(images: EncodedImages, device: torch.device, dtype: torch.dtype, *
 
 def derived_rows(width: int, dtype: torch.dtype, *, score_memory: int) -> int:
     """Tokens of which something is derived at a time."""
-    return max(1, int(score_memory * 2**20) // 4 // (dtype.itemsize * width * ROWS_PER_TOKEN))
+    return max(1, int(score_memory * 2**20) // 4 // _row_bytes(width, dtype))
+
+
+def _row_bytes(width: int, dtype: torch.dtype) -> int:
+    return dtype.itemsize * width * ROWS_PER_TOKEN
 
 
 def saved_bytes(
