@@ -27,7 +27,11 @@ def judge_and_record(config: dict[str, Any], command_name: str, logger: Any) -> 
     """Judge the settings before the run exists, then have it recorded under log_dir/exp_name."""
     if command_name == "main":
         with one_line_errors():
-            run = Settings.from_flat(config).run
+            settings = Settings.from_flat(config)
+            from hacan.alignment import form_of  # torch is imported only now
+
+            form_of(settings.model.alignment)
+            run = settings.run
             must_be_writable(Path(run.log_dir) / run.exp_name, key=f"log_dir={run.log_dir}")
         if not is_first_process():
             logging.disable(logging.INFO)  # the first one says it

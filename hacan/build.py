@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hacan.aggregator import Aggregator
-from hacan.alignment import build_alignment
+from hacan.alignment import build_alignment, form_of
 from hacan.encoders import ImageEncoder, TextEncoder
 from hacan.errors import UserError
 from hacan.image_backbone import build_image_backbone
@@ -32,6 +32,7 @@ def build_model(
     encoders random, for a checkpoint to be loaded; `text_config` is then the stored config of the text encoder, so that
     neither hub nor files are needed. `trust` reads weights files that are pickles of more than tensors.
     """
+    form_of(settings.alignment)  # an unknown name is reported before weights are loaded
     image_backbone = build_image_backbone(settings, image_size=image_size, load_weights=load_weights, trust=trust)
     text_backbone = build_text_backbone(
         settings, tokenizer=tokenizer, load_weights=load_weights, config=text_config, trust=trust
@@ -50,13 +51,7 @@ def build_model(
         project_text_mid=_text_projection(text.width, width),
         aggregate_image=Aggregator(in_dim=image.high_width, embed_dim=width, activation=settings.activation),
         aggregate_text=Aggregator(in_dim=text.width, embed_dim=width, activation=settings.activation),
-        alignment=build_alignment(
-            settings.alignment,
-            direction=settings.direction,
-            temperature=settings.lambda_softmax,
-            focal_type=settings.focal_type,
-            score_memory=score_memory,
-        ),
+        alignment=build_alignment(settings.alignment, dataclasses.asdict(settings), score_memory=score_memory),
     )
     _try_on_blank_picture(model, settings, image_size=image_size)
     return model
@@ -82,8 +77,9 @@ def _try_on_blank_picture(model: HACAN, settings: ModelSettings, *, image_size: 
 
 def model_settings(flat: dict[str, Any]) -> ModelSettings:
     """The model's part of a flat config, such as a checkpoint keeps it."""
-    names = [field.name for field in dataclasses.fields(ModelSettings)]
-    missing = [name for name in names if name not in flat]
+    fields = dataclasses.fields(ModelSettings)
+    missing = [field.name for field in fields if field.name not in flat and field.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"the stored settings lack {', '.join(missing)}: written by another version")
-    return ModelSettings(**{name: tuple(v) if isinstance(v := flat[name], list) else v for name in names})
+    stored = {field.name: flat[field.name] for field in fields if field.name in flat}
+    return ModelSettings(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from hacan.alignment import form_of, hyperparameters_of
 from hacan.checkpoints import Checkpoint, open_checkpoint
 from hacan.description import CONFIG_FILE, WEIGHTS_FILE
 from hacan.errors import UserError
@@ -145,6 +146,8 @@ def _card(settings: Mapping[str, Any], parameters: int, source: str, receipt: st
         for file in exported
     )
     arguments = f" with {settings['image_encoder_args']}" if settings["image_encoder_args"] else ""
+    form = form_of(settings["alignment"])
+    scoring = ", ".join(f"{key} `{settings[key]}`" for key in hyperparameters_of(form) if key in settings)
     return f"""# HACAN for image-text retrieval
 
 Hybrid attention-driven cross-layer alignment: pictures and captions in, one score a pair out.
@@ -153,8 +156,8 @@ Hybrid attention-driven cross-layer alignment: pictures and captions in, one sco
   `{settings["image_weights"]}`), pictures of {settings["image_size"]} x {settings["image_size"]} pixels
 - text encoder: `{settings["text_encoder"]}` (started from `{settings["text_weights"]}`), captions of at most
   {settings["max_text_len"]} tokens
-- joint width {settings["embed_dim"]}, alignment `{settings["alignment"]}`, direction `{settings["direction"]}`,
-  {parameters:,} parameters
+- joint width {settings["embed_dim"]}, {parameters:,} parameters
+- alignment `{settings["alignment"]}`{f": {scoring}" if scoring else ""}
 - trained on: `{settings["datasets"]}`
 - exported from: {source}
 {onnx}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hacan.alignment import FORMS, hyperparameters_of
 from hacan.errors import UserError
 from hacan.settings import ModelSettings
 
@@ -134,11 +135,12 @@ def release_settings(
     prefix = "image_encoder.backbone."
     sizes = convnext_sizes({key.removeprefix(prefix): value for key, value in state.items()})
     rest = dict(RELEASE_DEFAULTS)
+    scoring = {"alignment", *(key for form in FORMS.values() for key in hyperparameters_of(form))}
     for field in dataclasses.fields(ModelSettings):
-        if field.name in rest and given is not None:
+        if given is not None and field.name in rest.keys() | scoring:
             rest[field.name] = getattr(given, field.name)
         elif field.name in rest and type(written.get(field.name)) is type(rest[field.name]):
-            allowed = field.metadata["choices"]
+            allowed = FORMS if field.name == "alignment" else field.metadata["choices"]
             if not allowed or written[field.name] in allowed:
                 rest[field.name] = written[field.name]
     width = state.get("project_image_high.weight")

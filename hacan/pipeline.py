@@ -16,7 +16,6 @@ import torch.distributed as dist
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from transformers import PreTrainedTokenizerBase
 
-from hacan.alignment import HybridAlignment, RevisedAlignment
 from hacan.callbacks import BEST, LAST, KeepCheckpoints
 from hacan.checkpoints import read_checkpoint
 from hacan.description import DESCRIPTION, describe_model
@@ -249,8 +248,6 @@ def _member(model: HACAN, settings: Settings, *, name: str, device: torch.device
     return member_of(
         model,
         name=name,
-        alignment={HybridAlignment: "hybrid", RevisedAlignment: "revised"}[type(model.alignment)],
-        direction=model.alignment.direction,
         device=device,
         precision=precision_here(settings.train, on_gpu=device.type == "cuda"),
         form=form_of(model),

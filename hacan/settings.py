@@ -21,9 +21,21 @@ LOSSES = ("GCD", "GCD_revised", "F_HN", "M_HN", "InfoNCE")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
-def _key(doc: str, *, choices: tuple = (), low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
-    """A field with what it may hold: one of `choices`, or a number in [low, high] (`above`: low itself excluded)."""
-    return dataclasses.field(metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above})
+def _key(
+    doc: str,
+    *,
+    choices: tuple = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    before: Any = dataclasses.MISSING,
+) -> Any:
+    """A field with what it may hold: one of `choices`, or a number in [low, high] (`above`: low itself excluded).
+
+    `before`: for a key added later, the value that holds for checkpoints written before it existed.
+    """
+    rule = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
+    return dataclasses.field(default=before, metadata=rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +88,7 @@ class ModelSettings:
     text_levels: tuple[int, ...] = _key("the mid and the high entry of hidden_states (-1: the last layer)")
     embed_dim: int = _key("joint width d of regions, tokens and global embeddings", low=1)
     activation: str = _key("activation of the aggregators", choices=("leaky_relu", "tanh", "none"))
-    alignment: str = _key("form of the fine similarity", choices=("hybrid", "revised"))
+    alignment: str = _key("form of the fine similarity: hybrid, revised, or one registered in hacan/alignment")
     direction: str = _key("what queries what", choices=("i2t", "t2i", "both"))
     lambda_softmax: float = _key("inverse temperature of the hybrid attention", low=0, above=True)
     focal_type: str = _key("rule of the hybrid Key Semantic Filter", choices=("prob", "equal"))

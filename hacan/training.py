@@ -139,7 +139,7 @@ class Training(pl.LightningModule):
                 f"the loss is not finite at epoch {self.current_epoch}, batch {batch_idx}, optimiser step "
                 f"{self.global_step} ({', '.join(f'{name} {value:g}' for name, value in terms.items())}; "
                 f"images {batch.image_ids.tolist()}, captions {batch.caption_ids.tolist()}): the last checkpoint is "
-                "kept; lower learning_rate, or use precision=32-true"
+                f"kept; lower learning_rate, or use precision=32-true{self._non_finite_scores(images, texts)}"
             )
         if self.current_epoch >= self.all_negatives_epochs:
             self._watch_plateau(terms["hinge_per_pair"])
@@ -147,6 +147,12 @@ class Training(pl.LightningModule):
         self.log("train/learning_rate", self.learning_rate_of(self.current_epoch), batch_size=max(count, 1))
         self.log("loss", terms["total"], prog_bar=True, logger=False, batch_size=max(count, 1))
         return total
+
+    def _non_finite_scores(self, images: EncodedImages, texts: EncodedTexts) -> str:
+        """Which streams of the alignment are not finite, for an error message; empty where all are."""
+        with torch.no_grad():
+            finite = bool(self.model.score(images, texts).isfinite().all())
+        return "" if finite else f". {self.model.alignment.describe_non_finite(images, texts)}"
 
     def _encode(self, batch: PairBatch) -> tuple[EncodedImages, EncodedTexts]:
         """The features of a batch; of a batch without pairs those of one blank pair, for its shapes and its graph.

@@ -6,6 +6,7 @@ Letters: B pairs of a batch, N images, M texts, R regions, W tokens, d the joint
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -43,6 +44,19 @@ class PackedTexts(NamedTuple):
     mid: Tensor  # [L, d]
     offsets: Tensor  # [M + 1] int64, on the CPU: text j owns the rows offsets[j]:offsets[j + 1]
     pooled: Tensor  # [M, d] global embedding, unit length
+
+
+def pack_texts(texts: EncodedTexts) -> PackedTexts:
+    """[M, W, d] padded tokens -> [L, d] real ones; the mask may have its True entries anywhere."""
+    mask = texts.mask
+    if mask.dtype != torch.bool or texts.high.shape[:2] != mask.shape or texts.mid.shape[:2] != mask.shape:
+        raise ValueError(
+            f"texts.high is {list(texts.high.shape)}, texts.mid {list(texts.mid.shape)} and texts.mask "
+            f"{list(mask.shape)} of {mask.dtype}, expected [M, W, d] twice and [M, W] bool"
+        )
+    offsets = torch.zeros(len(mask) + 1, dtype=torch.int64)
+    offsets[1:] = mask.sum(1).cumsum(0).cpu()
+    return PackedTexts(high=texts.high[mask], mid=texts.mid[mask], offsets=offsets, pooled=texts.pooled)
 
 
 class HardNegatives(NamedTuple):

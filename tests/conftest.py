@@ -9,7 +9,6 @@ import torch
 from transformers import BertTokenizerFast
 
 from config import ex
-from hacan.alignment.native import attention_library
 from hacan.build import build_model
 from hacan.settings import Settings
 
@@ -76,13 +75,3 @@ def captions():
     mask = torch.arange(6) < torch.tensor([6, 2, 4, 5, 3, 6, 2])[:, None]
     ids = torch.randint(5, len(WORDS.split()), mask.shape, generator=torch.Generator().manual_seed(2))
     return ids * mask, mask
-
-
-@pytest.fixture(params=["compiled", "eager"])
-def way(request, monkeypatch):
-    """The hybrid form's attention by the compiled functions, and by torch alone, where no gradient is needed."""
-    if request.param == "eager":
-        monkeypatch.setattr("hacan.alignment.fused.attention_library", lambda: None)
-    elif attention_library() is None:
-        pytest.skip("no C compiler here")
-    return request.param

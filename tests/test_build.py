@@ -33,7 +33,7 @@ def test_settings_reach_the_modules(make_model):
     model = make_model(embed_dim=14, direction="i2t", lambda_softmax=4.0, focal_type="equal", activation="tanh")
     assert model.project_image_mid.weight.shape == (14, 20) and model.project_image_high.weight.shape == (14, 28)
     assert model.project_text_mid.weight.shape == model.project_text_high.weight.shape == (14, 24)
-    assert (model.alignment.direction, model.alignment.temperature) == ("i2t", 4.0)
+    assert (model.alignment.direction, model.alignment.lambda_softmax) == ("i2t", 4.0)
     assert model.alignment.focal_type == "equal" and model.alignment.score_memory == 64
     assert isinstance(model.aggregate_text.activation, torch.nn.Tanh)
     assert type(make_model(alignment="revised").alignment).__name__ == "RevisedAlignment"

@@ -36,7 +36,7 @@ class ToyModel(nn.Module):
         self.words, self.project = nn.Embedding(50, WIDTH), nn.Linear(6, WIDTH)
         self.dropout = nn.Dropout(0.5)
         self.alignment = (
-            HybridAlignment(direction=direction, temperature=9.0, focal_type="prob")
+            HybridAlignment(direction=direction, lambda_softmax=9.0, focal_type="prob")
             if alignment == "hybrid"
             else RevisedAlignment(direction=direction)
         )
@@ -86,7 +86,7 @@ IMAGE_OF_TEXT = [0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9]
 
 def make_member(seed=0, **arguments):
     settings = {"direction": "t2i", "alignment": "hybrid", **arguments}
-    return member_of(ToyModel(seed, **settings), name=f"{seed}.ckpt", device=torch.device("cpu"), **settings)
+    return member_of(ToyModel(seed, **settings), name=f"{seed}.ckpt", device=torch.device("cpu"))
 
 
 def run(members, split, protocol=None, **arguments):
@@ -217,7 +217,7 @@ def test_the_table_names_an_ensemble_and_its_members():
 
 def test_the_receipt_says_what_was_measured(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    member = make_member()._replace(settings={"temperature": 9.0})
+    member = make_member()._replace(settings={"lambda_softmax": 9.0})
     found = run([member], split, Protocol(top_k=4), bootstrap=20, seed=7)
     found.save(tmp_path)
     text = (tmp_path / "metrics.json").read_text()
@@ -228,7 +228,7 @@ def test_the_receipt_says_what_was_measured(tmp_path):
     assert receipt["alignment"] == "hybrid" and receipt["direction"] == "t2i" and receipt["precision"] == "32-true"
     assert receipt["features"] == "float16" and len(receipt["ids_hash"]) == 64
     described = {"checkpoint": "0.ckpt", "hash": member.checkpoint_hash, "alignment": "hybrid", "direction": "t2i"}
-    assert receipt["members"] == [described | {"temperature": 9.0}] and not receipt["ensemble"]
+    assert receipt["members"] == [described | {"lambda_softmax": 9.0}] and not receipt["ensemble"]
     assert {"torch", "python", "transformers", "timm", "numpy"} <= receipt["versions"].keys()
     for stage in ("encode images", "encode texts", "coarse", "fine", "rank"):
         assert receipt["stages"][stage]["seconds"] > 0 and receipt["stages"][stage]["host_peak_mib"] > 10
@@ -341,24 +341,12 @@ def test_the_curve_ends_at_the_full_ranking_and_passes_through_k(tmp_path, coars
     assert json.loads((tmp_path / "metrics.json").read_text())["curve"]["suggested_k"] == found.curve.suggested_k
 
 
-def test_texts_are_prepared_once_for_all_blocks_of_all_stages():
-    split, *_ = make_split([image for image in range(35) for _ in range(2)], images=35)  # three blocks of 16 images
-    member, calls = make_member(), []
-
-    def counted(name):
-        return lambda *arguments: (calls.append(name), getattr(member, name)(*arguments))[1]
-
-    names = ("prepare", "score", "score_pairs")
-    run([member._replace(**{name: counted(name) for name in names})], split, Protocol(coarse="release", top_k=3))
-    assert [calls.count(name) for name in names] == [1, 1, 3]
-
-
 def test_a_model_that_gives_nan_is_an_error_and_never_a_rank():
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
     model = ToyModel(0)
     with torch.no_grad():
         model.project.weight[0, 0] = math.nan
-    member = member_of(model, name="x", alignment="hybrid", direction="t2i", device=torch.device("cpu"))
+    member = member_of(model, name="x", device=torch.device("cpu"))
     with pytest.raises(UserError, match="non-finite features"):
         run([member], split)
     broken = make_member()._replace(score_pairs=lambda *arguments: torch.full((len(arguments[2]),), math.nan))
@@ -375,7 +363,7 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="coarse is 'cosine'"):
         run([make_member()], split, Protocol(coarse="cosine"))
     with pytest.raises(ValueError, match="precision is '16'"):
-        member_of(ToyModel(0), name="", alignment="", direction="", device=torch.device("cpu"), precision="16")
+        member_of(ToyModel(0), name="", device=torch.device("cpu"), precision="16")
 
 
 def test_the_meter_adds_up_seconds_and_keeps_the_highest_memory():

@@ -49,7 +49,7 @@ def batch(rows):
 def loss_of(model, rows, *, gather):
     pixels, tokens, mask, image_ids = batch(rows)
     images, texts = model(pixels, tokens, mask)
-    align = HybridAlignment(direction="t2i", temperature=9.0, focal_type="prob")
+    align = HybridAlignment(direction="t2i", lambda_softmax=9.0, focal_type="prob")
     if gather:
         processes = Gatherer.agree(len(image_ids), image_ids.device)
         texts = processes.texts(texts)

@@ -39,6 +39,6 @@ def test_settings_name_levels_activation_and_the_constants_of_the_alignment(make
     found = settings_of(model)
     assert found["text_levels"] == list(model.text_encoder.levels)
     assert found["activation"] == "LeakyReLU(negative_slope=0.01)"
-    assert (found["temperature"], found["focal_type"]) == (9.0, "prob")
+    assert (found["lambda_softmax"], found["focal_type"]) == (9.0, "prob")
     model.alignment = RevisedAlignment(direction="both")
     assert "temperature" not in settings_of(model)

@@ -45,7 +45,7 @@ ROWS, COLUMNS, WORDS, WIDTH = 2, 3, 5, 9
 
 
 def make_hybrid(**changes):
-    return HybridAlignment(**{"direction": "t2i", "temperature": 9.0, "focal_type": "prob"} | changes)
+    return HybridAlignment(**{"direction": "t2i", "lambda_softmax": 9.0, "focal_type": "prob"} | changes)
 
 
 def random_pair(words=WORDS, padding=2):
@@ -395,7 +395,7 @@ def evaluated(make_model, tokenizer, tmp_path):
             yield torch.tensor([row]), found["input_ids"], found["attention_mask"].bool()
 
     split = Split("f8k", "test", [1, 2, 3], CAPTIONS, IMAGE_OF_TEXT, image_batches, text_batches, 2)
-    member = member_of(model, name="a<b>.ckpt", alignment="hybrid", direction="t2i", device=torch.device("cpu"))
+    member = member_of(model, name="a<b>.ckpt", device=torch.device("cpu"))
     arguments = {"paths": [str(path) for path in paths], "captions": CAPTIONS, "image_of_text": IMAGE_OF_TEXT}
 
     def make(**changes):

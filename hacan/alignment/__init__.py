@@ -1,32 +1,30 @@
-"""The fine alignment: EncodedImages x EncodedTexts -> scores [image, text] (METHOD sections 2 and 3)."""
+"""The fine alignment: EncodedImages x EncodedTexts -> scores [image, text] (METHOD sections 2 and 3).
 
-import torch
-from torch import nn
+Every module of this folder is imported, so that a form in a new file is registered.
+"""
 
-from hacan.alignment.base import AttentionMap
+import importlib
+import pkgutil
+
+from hacan.alignment.base import FORMS, FineAlignment, build_alignment, form_of, hyperparameters_of, register
 from hacan.alignment.hybrid import HybridAlignment
-from hacan.alignment.packing import pack_texts
 from hacan.alignment.revised import RevisedAlignment
-from hacan.alignment.sides import STREAMS
+from hacan.alignment.scoring import LEVELS, STREAMS
+from hacan.types import pack_texts
 
-__all__ = ["STREAMS", "AttentionMap", "HybridAlignment", "RevisedAlignment", "build_alignment", "pack_texts"]
+__all__ = [
+    "FORMS",
+    "LEVELS",
+    "STREAMS",
+    "FineAlignment",
+    "HybridAlignment",
+    "RevisedAlignment",
+    "build_alignment",
+    "form_of",
+    "hyperparameters_of",
+    "pack_texts",
+    "register",
+]
 
-ALIGNMENTS = ("hybrid", "revised")
-
-
-def build_alignment(
-    name: str,
-    *,
-    direction: str,
-    temperature: float,
-    focal_type: str,
-    score_memory: int = 256,
-    product_dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """The alignment called `name`; the revised form reads neither temperature nor focal type."""
-    shared = {"direction": direction, "score_memory": score_memory, "product_dtype": product_dtype}
-    if name == "hybrid":
-        return HybridAlignment(temperature=temperature, focal_type=focal_type, **shared)
-    if name == "revised":
-        return RevisedAlignment(**shared)
-    raise ValueError(f"unknown alignment {name!r}: expected one of {', '.join(ALIGNMENTS)}")
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,105 +1,103 @@
-"""The revised form of the fine similarity: cosines c(., .) of words and regions (METHOD section 3).
+"""The revised form of the fine similarity: cosines c(., .) of regions and words (METHOD section 3)."""
 
-[CLS] and [SEP] take no part. The gates of the Local Relationship Guidance are positive numbers, and a cosine ignores
-positive scale: they cancel exactly (up to the floor of the norms), so they are not computed.
-"""
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hacan.alignment.base import FineAlignment
-from hacan.alignment.segments import Segments
-from hacan.alignment.sides import Block, Regions, Tokens, inverse_norms, residuals
+from hacan.alignment.base import DIRECTIONS, FineAlignment, all_dots, inverse_norm, masked_mean, register
+
+EVEN_SHARE = "times the even share"
 
 
+@register("revised")
 class RevisedAlignment(FineAlignment):
-    """KSF(V_h, T_h) + LRG(V_m, T_h) + LRG(V_h, T_m) on cosines; only KSF has a direction (METHOD section 3)."""
+    """Guidance and filter on cosines; [CLS] and [SEP] take no part where a caption has more than 2 tokens.
 
-    drop_ends = True
+    LRG(V, T) = mean over words t of sum_v softmax_v(p) p,  p = c(v, t)
+    KSF(Q, S) = mean over q of max over s of z,  z = c(q, s - mean(S)) * sign(delta), 0 where |delta| <= 1e-8,
+                delta = ((r - mean_s r) + (r - mean_q r)) / 2,  r = c(q, s)
 
-    def derive_regions(self, features: Tensor, *, filtered: bool) -> Regions:
-        """Regions of unit length, and for t2i their residuals of unit length, [N, R, d] both."""
-        rest = None
-        if filtered and "t2i" in self.directions:
-            rest, scale = residuals(features, features.mean(1, keepdim=True))
-            rest = rest * scale[..., None]
-        return Regions(features * inverse_norms(features)[..., None], residuals=rest)
-
-    def derive_tokens(self, features: Tensor, segments: Segments, *, filtered: bool) -> Tokens:
-        """Norms of the tokens [T], and for i2t of their residuals [T]."""
-        rest = None
-        if filtered and "i2t" in self.directions:
-            rest = residuals(features, segments.spread(segments.mean(features)))[1]
-        return Tokens(features, inverse_norms(features), inverse_residual_norms=rest)
-
-    def score_stream(self, stream: str, block: Block) -> Tensor:
-        """Scores of one stream, [m, N]."""
-        if stream == "ksf":
-            return key_semantic_filter(block, directions=self.directions)
-        return local_relationship_guidance(block)
-
-    def attention_stream(self, stream: str, block: Block) -> Tensor:
-        """Cosines [T, R] of one pair, of KSF z."""
-        if stream == "ksf":
-            return _filtered_cosines(block, self.directions[-1], _agreement(block)).squeeze(1)
-        return _cosines(block).squeeze(1)
-
-
-def local_relationship_guidance(block: Block) -> Tensor:
-    """LRG: the mean over words of sum_v softmax_v(p) p, p = c(v, t), [m, N] (METHOD section 3).
-
-    Release: gates on words and regions; here: none, because they cancel. |p| <= 1, so exp needs no shift.
+    `direction` is KSF's: "i2t" (regions are the queries), "t2i" (words are), or "both", the mean of the two. Public
+    code: LRG gates words and regions by sigmoids; here: no gates, because they are positive scalars, which a cosine
+    ignores. They cancel exactly, up to the 1e-8 floor of the norms.
     """
-    p = _cosines(block)
-    weights = torch.exp(p, out=block.scratch("weights", *p.shape))
-    total = torch.mul(weights, p, out=block.scratch.over(p)).sum(2)
-    return block.segments.mean(total / weights.sum(2))
+
+    attention_units: ClassVar = {
+        "ksf": "cosine with the residual, signed",
+        "lrg_high": EVEN_SHARE,
+        "lrg_mid": EVEN_SHARE,
+    }
+
+    def __init__(self, *, direction: str, score_memory: float = 256) -> None:
+        super().__init__(score_memory=score_memory)
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
+        self.direction = direction
+
+    def local_relationship_guidance(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """LRG(V, T), [*, N, M]."""
+        p = cosines(regions, tokens)  # [*, N, R, M, L]
+        return masked_mean((p.softmax(-3) * p).sum(-3), words_only(mask).unsqueeze(-3), -1)
+
+    def key_semantic_filter(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """KSF(Q, S), [*, N, M]."""
+        words = words_only(mask)
+        scores = []
+        if self.direction != "t2i":  # regions are the queries: z is [*, M, L, N, R]
+            z = filtered_cosines(tokens, regions, source_mask=words, query_mask=None)
+            z = z.masked_fill(~words[..., None, None], -torch.inf)
+            scores.append(z.amax(-3).mean(-1).mT)
+        if self.direction != "i2t":  # words are the queries: z is [*, N, R, M, L]
+            z = filtered_cosines(regions, tokens, source_mask=None, query_mask=words)
+            scores.append(masked_mean(z.amax(-3), words.unsqueeze(-3), -1))
+        return sum(scores) / len(scores)
+
+    def attention(self, regions: Tensor, tokens: Tensor, mask: Tensor, stream: str) -> Tensor:
+        """LRG: softmax_v(p) times the number of regions; KSF: z ("both": as "t2i"); [*, N, M, L, R]."""
+        words = words_only(mask)
+        if stream != "ksf":
+            found = cosines(regions, tokens).softmax(-3).movedim(-3, -1) * regions.shape[-2]
+        elif self.direction == "i2t":
+            found = filtered_cosines(tokens, regions, source_mask=words, query_mask=None).movedim(-2, -4)
+        else:
+            found = filtered_cosines(regions, tokens, source_mask=None, query_mask=words).movedim(-3, -1)
+        return found.masked_fill(~words[..., None, :, :, None], torch.nan)
 
 
-def key_semantic_filter(block: Block, *, directions: tuple[str, ...]) -> Tensor:
-    """KSF: the mean over q of max_s z, z = c(q, s - mean(S)) sign(delta), [m, N] (METHOD section 3)."""
-    sign = _agreement(block)
-    scores = []
-    for direction in directions:
-        z = _filtered_cosines(block, direction, sign)
-        scores.append(
-            block.segments.max(z, scratch=block.scratch).mean(2)
-            if direction == "i2t"
-            else block.segments.mean(z.amax(2))
-        )
-    return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
+def words_only(mask: Tensor) -> Tensor:
+    """The mask [*, L] without the first and the last real token, [CLS] and [SEP], where there are more than 2."""
+    place, count = mask.cumsum(-1), mask.sum(-1, keepdim=True)
+    return mask & ((count <= 2) | ((place > 1) & (place < count)))
 
 
-def _cosines(block: Block) -> Tensor:
-    dots = block.product()
-    return torch.mul(dots, block.tokens.inverse_norms[:, None, None], out=block.scratch.over(dots))
+def cosines(sources: Tensor, queries: Tensor) -> Tensor:
+    """c(q, s) of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q]."""
+    return (
+        all_dots(sources, queries)
+        * inverse_norm(sources)[..., None, None]
+        * inverse_norm(queries)[..., None, None, :, :]
+    )
 
 
-@torch.no_grad()
-def _agreement(block: Block) -> Tensor:
-    """The sign of delta = ((r - mean_s r) + (r - mean_q r)) / 2, r = c(q, s); 0 where |delta| <= 1e-8.
+def filtered_cosines(
+    sources: Tensor, queries: Tensor, *, source_mask: Tensor | None, query_mask: Tensor | None
+) -> Tensor:
+    """The z of METHOD section 3, of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q].
 
-    It is the same in both directions, and no gradient flows through it.
+    The sign of delta has no gradient. A residual within rounding of its mean (32 epsilon of ||s||) counts as zero:
+    sources that are all equal, a single one among them, have no direction left, and rounding must not invent one.
     """
-    scratch, segments = block.scratch, block.segments
-    r = _cosines(block)
-    means = segments.spread(segments.mean(r), out=scratch("work", *r.shape)).add_(r.mean(2, keepdim=True))
-    delta = r.sub_(means, alpha=0.5)
-    sign = scratch("sign", *r.shape)
-    positive = torch.gt(delta, 1e-8, out=torch.empty_like(delta) if sign is None else sign)
-    return positive.sub_(torch.lt(delta, -1e-8, out=means))
-
-
-def _filtered_cosines(block: Block, direction: str, sign: Tensor) -> Tensor:
-    """Z [T, N, R]. The product is taken with the residual sources themselves: no difference of large numbers."""
-    scratch = block.scratch
-    if direction == "i2t":
-        tokens, segments = block.tokens.features, block.segments
-        means = segments.spread(segments.mean(tokens), out=scratch("rest", *tokens.shape))
-        dots = block.product(tokens=torch.sub(tokens, means, out=scratch.over(means)))
-        scale = block.tokens.inverse_residual_norms
-    else:
-        dots = block.product(regions=block.regions.residuals)
-        scale = block.tokens.inverse_norms
-    z = torch.mul(dots, sign, out=scratch.over(dots))
-    return torch.mul(z, scale[:, None, None], out=scratch.over(z))
+    source_mask = None if source_mask is None else source_mask[..., None]
+    with torch.no_grad():
+        r = cosines(sources, queries)
+        mean_s = masked_mean(r, None if source_mask is None else source_mask[..., None], -3, keepdim=True)
+        mean_q = masked_mean(r, None if query_mask is None else query_mask[..., None, None, :, :], -1, keepdim=True)
+        delta = r - (mean_s + mean_q) / 2
+        sign = delta.sign() * (delta.abs() > 1e-8)
+    rest = sources - masked_mean(sources, source_mask, -2, keepdim=True)
+    with torch.no_grad():
+        smallest = 32 * torch.finfo(sources.dtype).eps * torch.linalg.vector_norm(sources, dim=-1)
+        has_direction = torch.linalg.vector_norm(rest, dim=-1) > smallest
+    scale = (inverse_norm(rest) * has_direction)[..., None, None]
+    return all_dots(rest, queries) * sign * scale * inverse_norm(queries)[..., None, None, :, :]

@@ -1,19 +1,13 @@
-"""What the fine similarity of one picture and one caption looked at: a word-by-region map per stream.
-
-Maps and scores are the alignment's own (`FineAlignment.attention`), so that a map shows what was scored.
-"""
+"""What the fine similarity of one image and one caption attends to: a token-by-region map per stream."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hacan.alignment import RevisedAlignment
-from hacan.alignment.base import AttentionMap, FineAlignment
+from hacan.alignment import LEVELS, FineAlignment
+from hacan.errors import UserError
 from hacan.types import EncodedImages, EncodedTexts
-
-EVEN_SHARE = "times the even share"
-RESIDUAL = "cosine with the residual, signed"
 
 
 class StreamAttention(NamedTuple):
@@ -28,28 +22,24 @@ class StreamAttention(NamedTuple):
 def pair_attention(alignment: FineAlignment, images: EncodedImages, texts: EncodedTexts) -> dict[str, StreamAttention]:
     """The maps of a single pair, by stream; R are the regions of the stream's image level, row by row of its grid.
 
-    Hybrid: the attention weights, as a multiple of what even attention would give (1 everywhere: no preference). t2i: a
-    word's weights over the regions; i2t: each region's weight for the word; both: as t2i. Revised: LRG, a word's
-    softmax weights over the regions in the same unit; KSF, the signed residual cosine z (METHOD sections 2 and 3).
+    Values and units are those of the form's own `attention`. UserError where the form does not define it.
     """
     if len(images.high) != 1 or len(texts.high) != 1:
         raise ValueError(f"{len(images.high)} images and {len(texts.high)} texts were given, expected one of each")
-    places = texts.mask[0].cpu().nonzero().flatten()
+    if not alignment.has_attention:
+        raise UserError(
+            f"alignment={alignment.name} has no heatmaps: {type(alignment).__name__} defines no attention(); "
+            "docs/changing-the-method.md shows how to add it"
+        )
+    if not bool(texts.mask.any()):
+        raise ValueError("the text has no real token, so there is nothing to look at")
     found = {}
-    for stream, seen in alignment.attention(images, texts).items():
-        weights = seen.weights.float().cpu()
-        values, unit = _in_units(alignment, stream, seen._replace(weights=weights[seen.words]))
-        full = torch.full((texts.mask.shape[1], weights.shape[1]), torch.nan)
-        full[places[seen.words]] = values
-        found[stream] = StreamAttention(full, unit, float(alignment(images, texts, streams=(stream,))))
+    with torch.autocast(images.high.device.type, enabled=False):
+        for stream, (of_image, of_text) in LEVELS.items():
+            tokens = getattr(texts, of_text).masked_fill(~texts.mask[..., None], 0)
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            regions = getattr(images, of_image).to(dtype)
+            values = alignment.attention(regions, tokens.to(dtype), texts.mask, stream)[0, 0].float().cpu()
+            score = float(alignment(images, texts, streams=(stream,)))
+            found[stream] = StreamAttention(values, alignment.attention_units[stream], score)
     return found
-
-
-def _in_units(alignment: FineAlignment, stream: str, seen: AttentionMap) -> tuple[Tensor, str]:
-    words, regions = seen.weights.shape
-    if not isinstance(alignment, RevisedAlignment):
-        sources = regions if alignment.directions[-1] == "t2i" else words
-        return seen.weights * sources, EVEN_SHARE
-    if stream == "ksf":
-        return seen.weights, RESIDUAL
-    return seen.weights.softmax(1) * regions, EVEN_SHARE

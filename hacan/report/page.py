@@ -26,6 +26,7 @@ from hacan.report.tables import (
 from hacan.report.training_log import find_training_log, training_charts
 from hacan.report.viewer import Pair, pairs_to_explain, viewer_data
 from hacan.retrieval.evaluate import Evaluation
+from hacan.retrieval.receipt import name_of_alignment
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -63,7 +64,7 @@ def write_report(
     gallery = build_gallery(evaluation.results, image_of_text, images=len(paths), count=queries, shown=shown, seed=seed)
     viewer: dict[str, Any] | None = None
     numbers: dict[Pair, int] = {}
-    if pretrained is not None:
+    if pretrained is not None and pretrained.model.alignment.has_attention:
         pairs = pairs_to_explain(gallery)
         numbers = {pair: number for number, pair in enumerate(pairs)}
         viewer = viewer_data(
@@ -76,7 +77,7 @@ def write_report(
         _training(path.parent, members),
         _curve(evaluation),
         _section("gallery", "Queries", cards.gallery(gallery)),
-        _heatmaps(viewer, members),
+        _heatmaps(viewer, members, _without_heatmaps(pretrained)),
         _section(
             "receipt", "Receipt", stages_table(evaluation.receipt) + receipt_list(evaluation.receipt), folded=True
         ),
@@ -92,7 +93,7 @@ def _page(evaluation: Evaluation, sections: Sequence[str], viewer: dict[str, Any
     receipt = evaluation.receipt
     title = f"{receipt['dataset']} {receipt['split']}: HACAN evaluation"
     members = receipt["members"]
-    model = f"{receipt['alignment']} alignment, direction {receipt['direction']}"
+    model = name_of_alignment(receipt)
     if receipt["ensemble"]:
         model = f"<strong>ensemble of {len(members)} models, scores averaged</strong>: {html.escape(model)}"
     else:
@@ -170,9 +171,15 @@ def _curve(evaluation: Evaluation) -> str:
     return _section("curve", "Length of the shortlist", f'<p>{note}.</p><div class="charts">{charts}</div>')
 
 
-def _heatmaps(viewer: dict[str, Any] | None, members: Sequence[str]) -> str:
+def _without_heatmaps(pretrained: Pretrained | None) -> str:
+    if pretrained is None:
+        return "this report was made without a model at hand"
+    return f"alignment={pretrained.model.alignment.name} defines no attention()"
+
+
+def _heatmaps(viewer: dict[str, Any] | None, members: Sequence[str], why_none: str) -> str:
     if viewer is None:
-        body = '<p class="note">None: this report was made without a model at hand.</p>'
+        body = f'<p class="note">None: {html.escape(why_none)}.</p>'
     else:
         whose = ""
         if len(members) > 1:

@@ -5,8 +5,6 @@ Two models of equal weights may still differ: in the levels that they read, in a
 
 from typing import Any
 
-from torch import nn
-
 from hacan.model import HACAN
 from hacan.retrieval.features import content_hash
 
@@ -23,8 +21,7 @@ def form_of(model: HACAN) -> str:
 
 
 def settings_of(model: HACAN) -> dict[str, Any]:
-    """The architecture and the alignment's constants as plain values."""
-    alignment: nn.Module = model.alignment
+    """The architecture and the alignment's hyper-parameters as plain values."""
     return {
         "image_encoder": model.image_encoder.name,
         "image_levels": list(model.image_encoder.levels),
@@ -32,5 +29,5 @@ def settings_of(model: HACAN) -> dict[str, Any]:
         "text_levels": list(model.text_encoder.levels),
         "embed_dim": model.project_image_high.out_features,
         "activation": repr(model.aggregate_image.activation),
-        **{key: getattr(alignment, key) for key in ("temperature", "focal_type") if hasattr(alignment, key)},
+        **model.alignment.hyperparameters,
     }

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hacan.errors import UserError
 from hacan.retrieval.features import hash_of_tensors
 from hacan.types import EncodedImages, EncodedTexts, Gallery, PackedTexts
 
@@ -22,15 +22,14 @@ class Member(NamedTuple):
 
     name: str  # as people know it: the checkpoint's file
     checkpoint_hash: str  # over all weights
-    alignment: str  # hybrid or revised
-    direction: str  # i2t, t2i or both
+    alignment: str  # the registered name of its form
+    direction: str  # i2t, t2i or both; "" of a form without a direction
     precision: str  # arithmetic of the encoders
     device: torch.device
     encode_images: Callable[[Tensor], EncodedImages]  # pixels [B, 3, H, W]
     encode_texts: Callable[[Tensor, Tensor], EncodedTexts]  # token ids, mask [B, W]
-    prepare: Callable[[PackedTexts], Any]  # a gallery's texts as the next two take them, for many calls
-    score: Callable[[EncodedImages, Any, tuple[str, ...]], Tensor]  # all pairs, summed streams: [n, M]
-    score_pairs: Callable[[EncodedImages, Any, Tensor, tuple[str, ...]], Tensor]  # pairs [P, 2] -> [P]
+    score: Callable[[EncodedImages, PackedTexts, tuple[str, ...]], Tensor]  # all pairs, summed streams: [n, M]
+    score_pairs: Callable[[EncodedImages, PackedTexts, Tensor, tuple[str, ...]], Tensor]  # pairs [P, 2] -> [P]
     form: str = ""  # hash of what the encoders are beside their weights: layers, levels, activations
     settings: Mapping[str, Any] = MappingProxyType({})  # plain values that say what the model is, for the receipt
 
@@ -39,8 +38,6 @@ def member_of(
     model: nn.Module,
     *,
     name: str,
-    alignment: str,
-    direction: str,
     device: torch.device,
     precision: str = "32-true",
     form: str = "",
@@ -70,28 +67,38 @@ def member_of(
             return model.encode_texts(token_ids.to(device, non_blocking=True), token_mask.to(device, non_blocking=True))
 
     @torch.no_grad()
-    def score(images: EncodedImages, texts: Any, streams: tuple[str, ...]) -> Tensor:
-        return model.alignment(images, texts, streams=streams)
+    def score(images: EncodedImages, texts: PackedTexts, streams: tuple[str, ...]) -> Tensor:
+        scores = model.alignment(images, texts, streams=streams)
+        _check_finite(model, scores, images, texts)
+        return scores
 
     @torch.no_grad()
-    def score_pairs(images: EncodedImages, texts: Any, pairs: Tensor, streams: tuple[str, ...]) -> Tensor:
-        return model.alignment.pairs(images, texts, pairs, streams=streams)
+    def score_pairs(images: EncodedImages, texts: PackedTexts, pairs: Tensor, streams: tuple[str, ...]) -> Tensor:
+        scores = model.alignment.pairs(images, texts, pairs, streams=streams)
+        _check_finite(model, scores, images, texts, pairs)
+        return scores
 
     return Member(
         name=name,
         checkpoint_hash=hash_of_tensors(model.state_dict()),
-        alignment=alignment,
-        direction=direction,
+        alignment=model.alignment.name,
+        direction=model.alignment.hyperparameters.get("direction", ""),
         precision=precision,
         device=device,
         encode_images=encode_images,
         encode_texts=encode_texts,
-        prepare=model.alignment.prepare,
         score=score,
         score_pairs=score_pairs,
         form=form,
         settings=settings,
     )
+
+
+def _check_finite(
+    model: nn.Module, scores: Tensor, images: EncodedImages, texts: PackedTexts, pairs: Tensor | None = None
+) -> None:
+    if not bool(scores.isfinite().all()):
+        raise UserError(model.alignment.describe_non_finite(images, texts, pairs))
 
 
 class MemberScores:
@@ -105,10 +112,6 @@ class MemberScores:
         high, mid, offsets, pooled = gallery.texts
         self._texts = PackedTexts(high.to(member.device), mid.to(member.device), offsets, pooled.to(member.device))
 
-    @cached_property
-    def _prepared(self) -> Any:
-        return self._member.prepare(self._texts)
-
     def global_similarity(self, rows: slice) -> Tensor:
         """Cosine of the global embeddings of some images and all texts, [n, M] float32."""
         return self._images.pooled[rows].to(self._member.device) @ self._texts.pooled.T
@@ -119,14 +122,14 @@ class MemberScores:
 
     def all_fine(self, rows: slice, streams: tuple[str, ...] = ALL_STREAMS) -> Tensor:
         """Fine scores of some images against all texts, [n, M]."""
-        return self._member.score(self._some_images(rows), self._prepared, streams)
+        return self._member.score(self._some_images(rows), self._texts, streams)
 
     def pairs(self, pairs: Tensor, streams: tuple[str, ...] = ALL_STREAMS) -> Tensor:
         """Fine scores [P] of listed pairs [P, 2] (image, text) of neighbouring images."""
         first = int(pairs[:, 0].min())
         images = self._some_images(slice(first, int(pairs[:, 0].max()) + 1))
         local = torch.stack([pairs[:, 0] - first, pairs[:, 1]], 1)
-        return self._member.score_pairs(images, self._prepared, local, streams)
+        return self._member.score_pairs(images, self._texts, local, streams)
 
     def _some_images(self, rows: slice) -> EncodedImages:
         return EncodedImages(*(values[rows].to(self._member.device, non_blocking=True) for values in self._images))

@@ -29,6 +29,12 @@ RULE_FIELDS = ("tie_rule", "miss_rule", "top_k", "coarse")
 SYSTEM_FIELDS = ("alignment", "direction", "precision", "features", "members")
 
 
+def name_of_alignment(receipt: Mapping[str, Any]) -> str:
+    """The form of the fine similarity as people read it: "hybrid alignment, direction t2i"."""
+    direction = f", direction {receipt['direction']}" if receipt["direction"] else ""
+    return f"{receipt['alignment']} alignment{direction}"
+
+
 class StageMeter:
     """Seconds and peak memory of named stages: resident memory of this process, and of its device where it has one."""
 

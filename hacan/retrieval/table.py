@@ -5,6 +5,7 @@ import math
 from hacan.retrieval.evaluate import Evaluation
 from hacan.retrieval.extended import TITLES
 from hacan.retrieval.metrics import RECALLS
+from hacan.retrieval.receipt import name_of_alignment
 from hacan.types import RetrievalMetrics
 
 DIRECTIONS = ("i2t", "t2i")
@@ -35,7 +36,7 @@ def format_table(evaluation: Evaluation) -> str:
 
 def _title(evaluation: Evaluation) -> str:
     receipt = evaluation.receipt
-    model = f"{receipt['alignment']} alignment, direction {receipt['direction']}"
+    model = name_of_alignment(receipt)
     if receipt["ensemble"]:
         names = ", ".join(member["checkpoint"] for member in receipt["members"])
         model = f"ENSEMBLE of {len(receipt['members'])} models, scores averaged ({names}): {model}"

@@ -53,6 +53,9 @@ def write_sheet(
     explain_with: a model, for heatmaps of the words of the first EXPLAINED pairs of a picture and a text.
     """
     skipped, cards = [], []
+    if explain_with is not None and not explain_with.model.alignment.has_attention:
+        skipped.append(f"heatmaps: alignment={explain_with.model.alignment.name} defines no attention()")
+        explain_with = None
     query = "" if image is None else f'<img class="query" src="{_thumbnail(image)}" alt="query">'
     for result in results:
         of_texts = image is not None and result.fine is not None

@@ -1,8 +1,8 @@
 """Time and peak memory of an evaluation of COCO-5K size, by stage, on drawn features; and what encoding costs.
 
-    python scripts/benchmark_evaluation.py                       # 5,000 images, 25,000 captions; fine stage on a share
-    python scripts/benchmark_evaluation.py --share 1             # the whole fine stage
-    python scripts/benchmark_evaluation.py --only encoding       # full-size encoders (random weights) on drawn pictures
+    python scripts/benchmarks/evaluation.py                       # 5,000 images, 25,000 captions; fine stage on a share
+    python scripts/benchmarks/evaluation.py --share 1             # the whole fine stage
+    python scripts/benchmarks/evaluation.py --only encoding       # full-size encoders on drawn pictures
 
 The first part never runs an encoder: features are drawn, so that the memory is that of the evaluation. The second runs
 the bare backbones and `encode_gallery` over the same pictures and captions, in turns, and prints the ratio.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from full_size import HIGH, MID, full_size_settings
 
@@ -92,9 +92,7 @@ def benchmark_ranking(options: argparse.Namespace) -> None:
     size = sum(sizes)
     alignment = build_alignment(
         options.alignment,
-        direction=options.direction,
-        temperature=9.0,
-        focal_type="prob",
+        {"direction": options.direction, "lambda_softmax": 9.0, "focal_type": "prob"},
         score_memory=options.score_memory,
     ).to(device)
     scores = MemberScores(alignment_alone(alignment, device), gallery)
@@ -189,7 +187,6 @@ def alignment_alone(alignment: torch.nn.Module, device: torch.device) -> Member:
         device=device,
         encode_images=lambda pixels: pixels,
         encode_texts=lambda token_ids, mask: token_ids,
-        prepare=alignment.prepare,
         score=lambda images, texts, streams: alignment(images, texts, streams=streams),
         score_pairs=lambda images, texts, pairs, streams: alignment.pairs(images, texts, pairs, streams=streams),
     )

@@ -1,7 +1,7 @@
 """The two candidates for the vector store under the same load: docs/decisions/vector-store.md quotes what this prints.
 
     .venv/bin/pip install --target EXTRA pymilvus==3.0.2 milvus-lite==3.2.2
-    PYTHONPATH=EXTRA .venv/bin/python scripts/compare_stores.py [--vectors 10000] [--width 768] [--only Qdrant]
+    PYTHONPATH=EXTRA .venv/bin/python scripts/benchmarks/compare_stores.py [--vectors 10000] [--only Qdrant]
 
 Each store works on a new local file, one store after the other in this order, with the same vectors, batches and
 payloads; inner product, exact search. Times are wall-clock seconds and seconds of processor time of this process.
@@ -169,5 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     main()

@@ -1,17 +1,16 @@
 """Speed and memory of the fine alignment at real sizes, beside the pure matrix products of the same sizes.
 
-    python scripts/benchmark_alignment.py                    # everything, about nine minutes on two CPU cores
-    python scripts/benchmark_alignment.py --only pairs       # one part: all, pairs, training, share
-    python scripts/benchmark_alignment.py --device cuda      # the same table on a GPU
-    python scripts/benchmark_alignment.py --eager            # as where there is no C compiler
+    python scripts/benchmarks/alignment.py                    # everything, about ten minutes on two CPU cores
+    python scripts/benchmarks/alignment.py --only lists       # one part: all, lists, shortlists, training, share
+    python scripts/benchmarks/alignment.py --device cuda      # the same tables on a GPU
+    python scripts/benchmarks/alignment.py --compile          # the equations through torch.compile
 
 49 and 196 regions and tokens 768 wide, drawn from a normal distribution; caption lengths ([CLS] and [SEP] included) are
-drawn from 12.6 +- 2.6, rounded, within 8 to 32. Ours, the products and the twins run in turns; each time is the fastest
-of its runs. Peak memory is what the first call of a process of its own adds to what it held, the features included.
+drawn from 12.6 +- 2.6, rounded, within 8 to 32. Our scores and the products run in turns, and each time is the fastest
+of its runs. Peak memory is what the first call of a new process adds to the features that it holds.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -23,14 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import references
 from full_size import HIGH, MID, WIDTH, full_size_settings
 
-from hacan.alignment import build_alignment, pack_texts
-from hacan.alignment.native import attention_library
+from hacan.alignment import build_alignment
 from hacan.build import build_model
 from hacan.losses import global_loss, hard_negatives, triplet_ranking_loss
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
@@ -38,14 +36,13 @@ from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 LAMBDA, FOCAL = 9.0, "prob"
 DIRECTIONS = ("i2t", "t2i", "both")
 BATCH = 64
-PARTS = ("all", "pairs", "training", "share")
+CAPTIONS = 4000  # of the gallery that lists are drawn from
+PARTS = ("all", "lists", "shortlists", "training", "share")
 
 
 def main() -> None:
     """Print the tables that were asked for."""
     options = arguments()
-    if options.eager:
-        os.environ["HACAN_EAGER"] = "1"  # before the first score, and for the processes that measure memory
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -54,13 +51,18 @@ def main() -> None:
         print(peak_of_first_call(options, device))
         return
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, seed {options.seed}")
-    if device.type == "cpu":
-        print(f"hybrid scores without gradients: {'by attention.c' if attention_library() else 'by torch alone'}")
     print()
-    tables = {"all": all_pairs, "pairs": listed_pairs, "training": training, "share": share_of_a_step}
+    tables = {
+        "all": all_pairs,
+        "lists": evaluation_lists,
+        "shortlists": shortlists_of_50,
+        "training": training,
+        "share": share_of_a_step,
+    }
     for part in options.only:
-        for line in tables[part](options, device):
-            print(line, flush=True)
+        with torch.set_grad_enabled(part in ("training", "share")):
+            for line in tables[part](options, device):
+                print(line, flush=True)
         print()
 
 
@@ -73,9 +75,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as torch chooses")
     parser.add_argument("--score-memory", type=int, default=256, help="working set in MiB")
-    parser.add_argument("--eager", action="store_true", help="do without the compiled functions of attention.c")
+    parser.add_argument("--compile", action="store_true", help="the forms' equations through torch.compile")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)  # what a process of its own measures
     return parser.parse_args()
 
 
@@ -85,57 +87,71 @@ def arguments() -> argparse.Namespace:
 def all_pairs(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """Every image with every caption, five captions an image."""
     images, texts = gallery(options.images, 5 * options.images, device)
-    packed = pack_texts(texts)
-    count = len(images.high) * len(texts.high)
-    yield f"All pairs: {len(images.high)} images x {len(texts.high)} captions, {len(packed.high)} tokens"
-    yield from header("ratio to products")
-    for name, direction, dtype in rows(device):
-        alignment = form(name, direction, options, dtype)
+    count = len(images.high) * (len(texts.offsets) - 1)
+    yield f"All pairs: {len(images.high)} images x {len(texts.offsets) - 1} captions, {len(texts.high)} tokens"
 
-        def products(dtype: torch.dtype | None = dtype) -> None:
-            for regions, tokens in streams(images, packed, dtype):
-                for some in regions.split(16):  # 3,136 columns: as fast as any larger product
-                    tokens @ some.flatten(0, 1).T
+    def products() -> None:
+        for regions, tokens in streams(images, texts):
+            for some in regions.split(16):  # 3,136 columns: as fast as any larger product
+                tokens @ some.flatten(0, 1).T
 
-        ours, bound = fastest(options.runs, device, lambda: alignment(images, packed), products)  # noqa: B023
-        peak = peak_memory(options, "all", name, direction, dtype)
-        yield row(name, direction, dtype, count, ours, bound, peak, literal_rate(name, direction, images, texts))
+    yield from header()
+    for name, direction in rows():
+        alignment = form(name, direction, options)
+        ours, bound = fastest(options.runs, device, lambda: alignment(images, texts), products)  # noqa: B023
+        yield row(name, direction, count, ours, bound, peak_memory(options, "all", name, direction))
 
 
-def listed_pairs(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
-    """Re-ranking: each image with a shortlist of 50 of its gallery's captions, drawn at random."""
-    images, texts = gallery(options.images, 5 * options.images, device)
-    packed = pack_texts(texts)
-    pairs = shortlists(len(images.high), len(texts.high))
-    yield f"Re-ranking: shortlists of 50 captions for {len(images.high)} images, out of {len(texts.high)} captions"
-    yield from header("ratio to products")
-    for name, direction, dtype in rows(device):
-        alignment = form(name, direction, options, dtype)
-        factors = [
-            (regions[i], tokens[token_rows(packed, pairs[pairs[:, 0] == i, 1]).to(device)])
-            for regions, tokens in streams(images, packed, dtype)
-            for i in range(len(images.high))
-        ]
+def evaluation_lists(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    """Re-ranking as an evaluation of COCO's size does it: the lists of both directions, 16 images a call."""
+    yield "Re-ranking: lists of 150 to 350 captions an image, as COCO's 5,000 images and K = 50 give both ways together"
+    yield from re_ranking(options, device, "lists")
 
-        def products(factors: list[tuple[Tensor, Tensor]] = factors) -> None:
-            for regions, tokens in factors:  # the tokens of each list already side by side: no gather is timed
-                tokens @ regions.T
 
-        ours, bound = fastest(options.runs, device, lambda: alignment.pairs(images, packed, pairs), products)  # noqa: B023
-        peak = peak_memory(options, "pairs", name, direction, dtype)
-        yield row(name, direction, dtype, len(pairs), ours, bound, peak, literal_rate(name, direction, images, texts))
+def shortlists_of_50(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    """Re-ranking of short lists: 50 captions an image, 16 images a call."""
+    yield "Re-ranking: lists of 50 captions an image"
+    yield from re_ranking(options, device, "shortlists")
+
+
+def re_ranking(options: argparse.Namespace, device: torch.device, task: str) -> Iterator[str]:
+    """The table of one kind of lists."""
+    images, texts = gallery(options.images, CAPTIONS, device)
+    pairs = listed(task, options.images)
+    calls = [pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + 16)] for first in range(0, options.images, 16)]
+    factors = [
+        (regions[i], tokens[token_rows(texts, pairs[pairs[:, 0] == i, 1]).to(device)])
+        for regions, tokens in streams(images, texts)
+        for i in range(min(16, options.images))  # the tokens of each list side by side: no gather is timed
+    ]
+    share = int((pairs[:, 0] < 16).sum()) / len(pairs)
+
+    def products() -> None:
+        for regions, tokens in factors:
+            tokens @ regions.T
+
+    yield from header()
+    for name, direction in rows():
+        alignment = form(name, direction, options)
+
+        def ours(alignment: torch.nn.Module = alignment) -> None:
+            for some in calls:
+                alignment.pairs(images, texts, some)
+
+        mine, bound = fastest(options.runs, device, ours, products)
+        yield row(name, direction, len(pairs), mine, bound / share, peak_memory(options, task, name, direction))
 
 
 def training(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """Forward and backward of a batch of 64 pairs, beside the twin that loops over captions (8 of them, times 8)."""
-    images, texts = gallery(BATCH, BATCH, device)
+    images, texts = batch(device)
     some = EncodedTexts(*(field[: BATCH // 8] for field in texts))
     yield f"Training step of the alignment: forward and backward of {BATCH} x {BATCH} pairs"
     yield "(the caption loop runs 8 of the 64 captions; its time and its memory are 8 times that)\n"
     yield "| form | direction | ms | caption loop, ms | times faster | peak MiB | caption loop, peak MiB |"
     yield "|---|---|---:|---:|---:|---:|---:|"
-    for name, direction, _ in rows(device)[: 2 * len(DIRECTIONS)]:
-        alignment = form(name, direction, options, None)
+    for name, direction in rows():
+        alignment = form(name, direction, options)
 
         def ours(alignment: Callable = alignment) -> None:
             step(alignment, images, texts)
@@ -144,7 +160,7 @@ def training(options: argparse.Namespace, device: torch.device) -> Iterator[str]
             step(partial(caption_loop, name, direction), images, some)
 
         mine, twin = fastest(2, device, ours, loop)
-        mine_mib, twin_mib = (peak_memory(options, task, name, direction, None) for task in ("step", "loop"))
+        mine_mib, twin_mib = (peak_memory(options, task, name, direction) for task in ("step", "loop"))
         yield (
             f"| {name} | {direction} | {1e3 * mine:.0f} | {8e3 * twin:.0f} | {8 * twin / mine:.1f} "
             f"| {mine_mib:.0f} | {8 * twin_mib:.0f} |"
@@ -200,8 +216,8 @@ def share_of_a_step(options: argparse.Namespace, device: torch.device) -> Iterat
         )
         torch.autograd.grad(score(images, texts), weights)
 
-    for name, direction, _ in rows(device)[: 2 * len(DIRECTIONS)]:
-        losses = partial(loss_of_batch, form(name, direction, options, None))
+    for name, direction in rows():
+        losses = partial(loss_of_batch, form(name, direction, options))
         whole, bare = fastest(2, device, partial(rest, losses), partial(rest, sum_of_features))
         ours = whole - bare
         share = ours / (encoders + whole)
@@ -229,25 +245,34 @@ def caption_lengths(count: int) -> Tensor:
     return (12.6 + 2.6 * torch.randn(count)).round().clamp(8, 32).long()
 
 
-def gallery(images: int, captions: int, device: torch.device) -> tuple[EncodedImages, EncodedTexts]:
+def gallery(images: int, captions: int, device: torch.device) -> tuple[EncodedImages, PackedTexts]:
     """Features of that many images and captions."""
     lengths = caption_lengths(captions)
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens = [torch.randn(int(offsets[-1]), WIDTH, device=device) for _ in range(2)]
+    regions = [torch.randn(images, count, WIDTH, device=device) for count in (HIGH, MID)]
     return (
-        EncodedImages(*(torch.randn(images, *size, device=device) for size in ((HIGH, WIDTH), (MID, WIDTH), (WIDTH,)))),
-        EncodedTexts(
-            torch.randn(*mask.shape, WIDTH, device=device),
-            torch.randn(*mask.shape, WIDTH, device=device),
-            mask.to(device),
-            torch.randn(captions, WIDTH, device=device),
-        ),
+        EncodedImages(*regions, torch.randn(images, WIDTH, device=device)),
+        PackedTexts(*tokens, offsets, torch.randn(captions, WIDTH, device=device)),
     )
 
 
-def shortlists(images: int, captions: int) -> Tensor:
-    """Pairs of each image with 50 captions drawn at random."""
-    drawn = torch.cat([torch.randperm(captions)[:50] for _ in range(images)])
-    return torch.stack([torch.arange(images).repeat_interleave(50), drawn], dim=1)
+def batch(device: torch.device) -> tuple[EncodedImages, EncodedTexts]:
+    """Features of a training batch, its captions padded."""
+    images, texts = gallery(BATCH, BATCH, device)
+    lengths = texts.offsets.diff()
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    padded = [tokens.new_zeros(*mask.shape, WIDTH) for tokens in (texts.high, texts.mid)]
+    for tokens, real in zip(padded, (texts.high, texts.mid), strict=True):
+        tokens[mask.to(device)] = real
+    return images, EncodedTexts(*padded, mask.to(device), texts.pooled)
+
+
+def listed(task: str, images: int) -> Tensor:
+    """Pairs of each image with captions drawn at random: 50, or 150 to 350."""
+    sizes = [50 if task == "shortlists" else int(torch.randint(150, 351, ())) for _ in range(images)]
+    drawn = [torch.randperm(CAPTIONS)[:size].sort().values for size in sizes]
+    return torch.stack([torch.arange(images).repeat_interleave(torch.tensor(sizes)), torch.cat(drawn)], dim=1)
 
 
 def token_rows(texts: PackedTexts, captions: Tensor) -> Tensor:
@@ -255,22 +280,19 @@ def token_rows(texts: PackedTexts, captions: Tensor) -> Tensor:
     return torch.cat([torch.arange(int(texts.offsets[j]), int(texts.offsets[j + 1])) for j in captions.tolist()])
 
 
-def streams(images: EncodedImages, texts: PackedTexts, dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor]]:
+def streams(images: EncodedImages, texts: PackedTexts) -> list[tuple[Tensor, Tensor]]:
     """The factors of the three products that no form can do without."""
-    factors = [(images.high, texts.high), (images.high, texts.mid), (images.mid, texts.high)]
-    return [(regions.to(dtype), tokens.to(dtype)) for regions, tokens in factors] if dtype else factors
+    return [(images.high, texts.high), (images.high, texts.mid), (images.mid, texts.high)]
 
 
-def form(name: str, direction: str, options: argparse.Namespace, dtype: torch.dtype | None) -> torch.nn.Module:
+def form(name: str, direction: str, options: argparse.Namespace) -> torch.nn.Module:
     """The alignment of a table's row."""
-    return build_alignment(
-        name,
-        direction=direction,
-        temperature=LAMBDA,
-        focal_type=FOCAL,
-        score_memory=options.score_memory,
-        product_dtype=dtype,
-    )
+    values = {"direction": direction, "lambda_softmax": LAMBDA, "focal_type": FOCAL}
+    alignment = build_alignment(name, values, score_memory=options.score_memory)
+    if options.compile:
+        for equation in ("key_semantic_filter", "local_relationship_guidance"):
+            setattr(alignment, equation, torch.compile(getattr(alignment, equation), dynamic=True))
+    return alignment
 
 
 def full_size_model(device: torch.device) -> torch.nn.Module:
@@ -290,63 +312,32 @@ def repeat(features: tuple, times: int) -> tuple:
 # ------------------------------------------------------------------------------------------------------ measurement
 
 
-def rows(device: torch.device) -> list[tuple[str, str, torch.dtype | None]]:
-    """What the tables compare: float32 everywhere, bfloat16 where the hardware multiplies in it."""
-    found = [(name, direction, None) for name in ("hybrid", "revised") for direction in DIRECTIONS]
-    if device.type != "cpu" or has_bfloat16():
-        found += [(name, direction, torch.bfloat16) for name, direction, _ in found]
-    return found
+def rows() -> list[tuple[str, str]]:
+    """What the tables compare."""
+    return [(name, direction) for name in ("hybrid", "revised") for direction in DIRECTIONS]
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products in bfloat16."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
-
-
-def header(last: str) -> Iterator[str]:
+def header() -> Iterator[str]:
     """The head of a table of rates."""
-    if not has_bfloat16():
-        yield "(no bfloat16 rows: this CPU has neither avx512_bf16 nor amx_bf16)"
-    yield (
-        f"\n| form | direction | precision | pairs/s | products alone, pairs/s | {last} | peak MiB "
-        "| literal twin, pairs/s |"
-    )
-    yield "|---|---|---|---:|---:|---:|---:|---:|"
+    yield "\n| form | direction | pairs/s | products alone, pairs/s | ratio to products | peak MiB |"
+    yield "|---|---|---:|---:|---:|---:|"
 
 
-def row(
-    name: str,
-    direction: str,
-    dtype: torch.dtype | None,
-    count: int,
-    ours: float,
-    bound: float,
-    peak: float,
-    literal: float,
-) -> str:
+def row(name: str, direction: str, count: int, ours: float, bound: float, peak: float) -> str:
     """One row of a table of rates."""
-    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    return (
-        f"| {name} | {direction} | {precision} | {count / ours:,.0f} | {count / bound:,.0f} | {bound / ours:.2f} "
-        f"| {peak:.0f} | {literal:.1f} |"
-    )
+    return f"| {name} | {direction} | {count / ours:,.0f} | {count / bound:,.0f} | {bound / ours:.2f} | {peak:.0f} |"
 
 
 def fastest(runs: int, device: torch.device, *functions: Callable[[], object]) -> list[float]:
     """Seconds of each function, run in turns: the least of its runs, after one that is not counted."""
     times = [[] for _ in functions]
-    with torch.set_grad_enabled(torch.is_grad_enabled()):
-        for _ in tqdm(range(runs + 1), leave=False, disable=None, unit="round"):
-            for function, seconds in zip(functions, times, strict=True):
-                wait(device)
-                start = time.perf_counter()
-                function()
-                wait(device)
-                seconds.append(time.perf_counter() - start)
+    for _ in tqdm(range(runs + 1), leave=False, disable=None, unit="round"):
+        for function, seconds in zip(functions, times, strict=True):
+            wait(device)
+            start = time.perf_counter()
+            function()
+            wait(device)
+            seconds.append(time.perf_counter() - start)
     return [min(seconds[1:]) for seconds in times]
 
 
@@ -356,22 +347,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def literal_rate(name: str, direction: str, images: EncodedImages, texts: EncodedTexts) -> float:
-    """Pairs per second of the literal twin, on one pair."""
-    image, valid = (images.high[0], images.mid[0]), texts.mask[0]
-    text = (texts.high[0][valid], texts.mid[0][valid])
-    start = time.perf_counter()
-    if name == "hybrid":
-        references.hybrid_fine(image, text, direction=direction, temperature=LAMBDA, focal_type=FOCAL)
-    else:
-        references.revised_fine(image, text, direction=direction)
-    return 1 / (time.perf_counter() - start)
-
-
-def peak_memory(options: argparse.Namespace, task: str, name: str, direction: str, dtype: torch.dtype | None) -> float:
-    """MiB that the first call of a process of its own adds at its peak."""
-    precision = str(dtype or torch.float32).removeprefix("torch.")
-    command = [sys.executable, __file__, "--peak-of", task, name, direction, precision]
+def peak_memory(options: argparse.Namespace, task: str, name: str, direction: str) -> float:
+    """MiB that the first call of a new process adds at its peak."""
+    command = [sys.executable, __file__, "--peak-of", task, name, direction]
     for key in ("images", "device", "threads", "score_memory", "seed"):
         command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -379,30 +357,32 @@ def peak_memory(options: argparse.Namespace, task: str, name: str, direction: st
 
 def peak_of_first_call(options: argparse.Namespace, device: torch.device) -> float:
     """What --peak-of asks for, in MiB: of the GPU, or of this process's resident memory (Linux)."""
-    task, name, direction, precision = options.peak_of
-    alignment = form(name, direction, options, None if precision == "float32" else getattr(torch, precision))
-    sizes = (BATCH, BATCH) if task in ("step", "loop") else (options.images, 5 * options.images)
-    images, texts = gallery(*sizes, device)
-    few = gallery(2, 3, device)
-    tasks = {
-        "all": (lambda: alignment(images, packed), lambda: alignment(*few)),
-        "pairs": (lambda: alignment.pairs(images, packed, pairs), lambda: alignment(*few)),
-        "step": (lambda: step(alignment, images, texts), lambda: step(alignment, *few)),
-        "loop": (lambda: step(loop, images, some), lambda: step(loop, *few)),
-    }
-    packed, pairs = pack_texts(texts), shortlists(*sizes) if task == "pairs" else None
-    some = EncodedTexts(*(field[: BATCH // 8] for field in texts))
-    loop = partial(caption_loop, name, direction)
-    function, warm_up = tasks[task]
-    warm_up()  # the libraries' own memory
+    task, name, direction = options.peak_of
+    alignment = form(name, direction, options)
+    if task in ("step", "loop"):
+        images, texts = batch(device)
+        some = EncodedTexts(*(field[: BATCH // 8] for field in texts))
+        loop = partial(caption_loop, name, direction)
+        function = partial(step, alignment, images, texts) if task == "step" else partial(step, loop, images, some)
+    elif task == "all":
+        images, texts = gallery(options.images, 5 * options.images, device)
+        function = partial(alignment, images, texts)
+    else:
+        images, texts = gallery(options.images, CAPTIONS, device)
+        pairs = listed(task, options.images)
+        function = partial(alignment.pairs, images, texts, pairs[pairs[:, 0] < 16])
+    few = EncodedImages(*(field[:2] for field in images)), EncodedTexts(*(field[:3] for field in batch(device)[1]))
+    alignment(*few)  # the libraries' own memory
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        function()
+        with torch.set_grad_enabled(task in ("step", "loop")):
+            function()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = resident("VmRSS")
-    function()
+    with torch.set_grad_enabled(task in ("step", "loop")):
+        function()
     return resident("VmHWM") - before
 
 

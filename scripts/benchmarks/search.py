@@ -1,6 +1,6 @@
 """Times a search of an index at full size: the whole query, and the coarse stage alone over more and more pictures.
 
-    python scripts/benchmark_search.py [--pictures 10000] [--coarse 1000 10000 100000] [--threads 2]
+    python scripts/benchmarks/search.py [--pictures 10000] [--coarse 1000 10000 100000] [--threads 2]
 
 The model has the full sizes (ConvNeXt-Base, BERT-Base, width 768, 49 and 196 regions) and random weights; the features
 are synthetic. Needs 3.8 GB of disk for 10,000 pictures. Run it with nothing else on the machine.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch

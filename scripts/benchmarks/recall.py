@@ -1,7 +1,7 @@
 """Recall and time of the approximate index (HNSW) that a Qdrant server searches with, on synthetic vectors.
 
     .venv/bin/pip install --target EXTRA qdrant-edge-py==0.9.0      # the server's own code, in this process
-    PYTHONPATH=EXTRA .venv/bin/python scripts/benchmark_recall.py [--vectors 1000000] [--width 768] [--ef 64 128 256]
+    PYTHONPATH=EXTRA .venv/bin/python scripts/benchmarks/recall.py [--vectors 1000000] [--width 768] [--ef 64 128 256]
 
 1,000,000 x 768 takes some 8 GB of disk. Settings of the graph are the server's: m = 16,
 ef_construct = 100, ef = 128 where a query does not say otherwise.
