@@ -5,6 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from hacan.alignment import STREAMS
 from hacan.encoders import ImageEncoder, TextEncoder
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
@@ -74,6 +75,22 @@ class HACAN(nn.Module):
     def score(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
         """Fine similarity of all pairs, [N, M] float32 (METHOD sections 2 and 3)."""
         return self.alignment(images, texts)
+
+    @torch.no_grad()
+    def describe_non_finite(
+        self, images: EncodedImages, texts: EncodedTexts | PackedTexts, pairs: Tensor | None = None
+    ) -> str:
+        """Say which streams gave fine scores that are not finite, and whether the features are."""
+        form, streams = self.alignment, []
+        for stream in STREAMS:
+            one = {"streams": (stream,)}
+            scores = form(images, texts, **one) if pairs is None else form.pairs(images, texts, pairs, **one)
+            streams += [] if scores.isfinite().all() else [stream]
+        real = texts.mask if isinstance(texts, EncodedTexts) else slice(None)
+        features = (images.high, images.mid, texts.high[real], texts.mid[real])
+        finite = all(bool(values.isfinite().all()) for values in features)
+        why = "although all features are" if finite else "and neither are the features that the encoders gave"
+        return f"alignment={form.name}: scores of {', '.join(streams) or 'their sum'} are not finite, {why}"
 
     def global_similarity(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
         """Cosine of the global embeddings of all pairs, [N, M] float32 (METHOD sections 4 and 6)."""

@@ -152,7 +152,7 @@ class Training(pl.LightningModule):
         """Which streams of the alignment are not finite, for an error message; empty where all are."""
         with torch.no_grad():
             finite = bool(self.model.score(images, texts).isfinite().all())
-        return "" if finite else f". {self.model.alignment.describe_non_finite(images, texts)}"
+        return "" if finite else f". {self.model.describe_non_finite(images, texts)}"
 
     def _encode(self, batch: PairBatch) -> tuple[EncodedImages, EncodedTexts]:
         """The features of a batch; of a batch without pairs those of one blank pair, for its shapes and its graph.

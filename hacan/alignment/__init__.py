@@ -12,19 +12,8 @@ from hacan.alignment.revised import RevisedAlignment
 from hacan.alignment.scoring import LEVELS, STREAMS
 from hacan.types import pack_texts
 
-__all__ = [
-    "FORMS",
-    "LEVELS",
-    "STREAMS",
-    "FineAlignment",
-    "HybridAlignment",
-    "RevisedAlignment",
-    "build_alignment",
-    "form_of",
-    "hyperparameters_of",
-    "pack_texts",
-    "register",
-]
+__all__ = ["FORMS", "LEVELS", "STREAMS", "FineAlignment", "HybridAlignment", "RevisedAlignment"]
+__all__ += ["build_alignment", "form_of", "hyperparameters_of", "pack_texts", "register"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

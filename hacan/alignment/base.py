@@ -1,11 +1,6 @@
 """The contract of a fine alignment, and the registry of forms.
 
-A form subclasses `FineAlignment`, states its two equations on dense tensors, and registers under a name:
-
-    @register("mine")
-    class MyAlignment(FineAlignment): ...
-
-Blocks, memory, listed pairs and recomputation in the backward pass are in `scoring.py`; a form knows nothing of them.
+A form states two equations on dense tensors. Galleries, memory and listed pairs are the business of `scoring.py`.
 """
 
 import inspect
@@ -15,12 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hacan.alignment.scoring import STREAMS, score_all_pairs, score_listed_pairs
+from hacan.alignment.scoring import STREAMS, Texts, score_all_pairs, score_listed_pairs
 from hacan.errors import UserError
-from hacan.types import EncodedImages, EncodedTexts, PackedTexts
+from hacan.types import EncodedImages
 
 DIRECTIONS = ("i2t", "t2i", "both")
-
 FORMS: dict[str, type["FineAlignment"]] = {}  # every registered form by its name
 
 
@@ -31,9 +25,8 @@ class FineAlignment(nn.Module):
     scores [*, N, M]; `*` are optional batch dimensions, as in `torch.matmul`. Features are float32 or float64. Tokens
     that are padding hold zeros, and every caption has at least one real token.
 
-    The keyword arguments of a form's constructor, `score_memory` aside, are its hyper-parameters. Each is kept as an
-    attribute of the same name, and has a config key of that name. `score_memory` is the working set in MiB beyond
-    features and scores; scores do not depend on it.
+    The keyword arguments of a form's constructor are its hyper-parameters. Each is kept as an attribute of the same
+    name, and has a config key of that name. `score_memory` bounds the working set, in MiB beyond features and scores.
     """
 
     name: ClassVar[str] = ""  # set by `register`
@@ -67,45 +60,15 @@ class FineAlignment(nn.Module):
         """The constructor's keyword arguments and their present values, for settings and provenance."""
         return {key: getattr(self, key) for key in hyperparameters_of(type(self))}
 
-    def equation(self, stream: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The equation of a stream."""
-        return self.key_semantic_filter if stream == "ksf" else self.local_relationship_guidance
-
-    def forward(
-        self, images: EncodedImages, texts: EncodedTexts | PackedTexts, *, streams: tuple[str, ...] = STREAMS
-    ) -> Tensor:
-        """Fine similarity of all pairs, [N, M] float32 (float64 for float64 features), the sum of `streams`.
-
-        A caption without tokens scores 0.
-        """
+    def forward(self, images: EncodedImages, texts: Texts, *, streams: tuple[str, ...] = STREAMS) -> Tensor:
+        """Fine similarity of all pairs, [N, M] in at least float32; a caption without tokens scores 0."""
         return score_all_pairs(self, images, texts, streams)
 
     def pairs(
-        self,
-        images: EncodedImages,
-        texts: EncodedTexts | PackedTexts,
-        pairs: Tensor,
-        *,
-        streams: tuple[str, ...] = STREAMS,
+        self, images: EncodedImages, texts: Texts, pairs: Tensor, *, streams: tuple[str, ...] = STREAMS
     ) -> Tensor:
         """Fine similarity of listed pairs: `pairs` [P, 2] int64 (image, text) in any order -> scores [P]."""
         return score_listed_pairs(self, images, texts, pairs, streams)
-
-    @torch.no_grad()
-    def describe_non_finite(
-        self, images: EncodedImages, texts: EncodedTexts | PackedTexts, pairs: Tensor | None = None
-    ) -> str:
-        """Say which streams gave scores that are not finite, and whether the features are."""
-        streams = []
-        for stream in STREAMS:
-            one = {"streams": (stream,)}
-            scores = self(images, texts, **one) if pairs is None else self.pairs(images, texts, pairs, **one)
-            streams += [] if scores.isfinite().all() else [stream]
-        real = texts.mask if isinstance(texts, EncodedTexts) else slice(None)
-        features = (images.high, images.mid, texts.high[real], texts.mid[real])
-        finite = all(bool(values.isfinite().all()) for values in features)
-        why = "although all features are" if finite else "and neither are the features that the encoders gave"
-        return f"alignment={self.name}: scores of {', '.join(streams) or 'their sum'} are not finite, {why}"
 
 
 def register(name: str) -> Callable[[type[FineAlignment]], type[FineAlignment]]:
@@ -114,16 +77,10 @@ def register(name: str) -> Callable[[type[FineAlignment]], type[FineAlignment]]:
     def add(form: type[FineAlignment]) -> type[FineAlignment]:
         if name in FORMS and FORMS[name].__qualname__ != form.__qualname__:
             raise ValueError(f"alignment {name!r} is registered by {FORMS[name].__qualname__} already; choose a name")
-        form.name = name
-        FORMS[name] = form
+        form.name, FORMS[name] = name, form
         return form
 
     return add
-
-
-def hyperparameters_of(form: type[FineAlignment]) -> list[str]:
-    """Names of a form's hyper-parameters: the keyword arguments of its constructor."""
-    return [key for key in inspect.signature(form).parameters if key != "score_memory"]
 
 
 def form_of(name: str) -> type[FineAlignment]:
@@ -133,20 +90,24 @@ def form_of(name: str) -> type[FineAlignment]:
     return FORMS[name]
 
 
-def build_alignment(name: str, values: Mapping[str, Any], *, score_memory: float = 256) -> FineAlignment:
-    """The form called `name`, its hyper-parameters taken from `values`; what it does not read is ignored.
+def hyperparameters_of(form: type[FineAlignment]) -> dict[str, Any]:
+    """A form's hyper-parameters and their defaults (`inspect.Parameter.empty`: none): its constructor's arguments."""
+    found: dict[str, inspect.Parameter] = {}
+    for parent in form.__mro__[: form.__mro__.index(FineAlignment)]:
+        parameters = inspect.signature(parent).parameters
+        found = dict(parameters) | found
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # else the rest goes to the parent's constructor
+    return {k: v.default for k, v in found.items() if v.kind == v.KEYWORD_ONLY and k != "score_memory"}
 
-    A hyper-parameter that `values` lacks takes the constructor's default; without one, a UserError says so.
-    """
+
+def build_alignment(name: str, values: Mapping[str, Any], *, score_memory: float = 256) -> FineAlignment:
+    """The form called `name`; `values` holds its hyper-parameters, and may hold more. Some may have defaults."""
     form = form_of(name)
-    parameters = inspect.signature(form).parameters
-    for key in hyperparameters_of(form):
-        if key not in values and parameters[key].default is inspect.Parameter.empty:
-            raise UserError(
-                f"alignment={name}: {form.__name__} needs {key}, which is no config key; add it to config.py"
-            )
-    given = {key: values[key] for key in hyperparameters_of(form) if key in values}
-    return form(**given, score_memory=score_memory)
+    for key, default in hyperparameters_of(form).items():
+        if key not in values and default is inspect.Parameter.empty:
+            raise UserError(f"alignment={name} needs the config key {key}: add it to config.py and settings.py")
+    return form(**{key: values[key] for key in hyperparameters_of(form) if key in values}, score_memory=score_memory)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, dim: int, *, keepdim: bool = False) -> Tensor:

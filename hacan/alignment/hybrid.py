@@ -57,8 +57,7 @@ class HybridAlignment(FineAlignment):
     ) -> Tensor:
         """Scores [*, B, A] of queries [*, A, q, d] and sources [*, B, s, d].
 
-        The attended vectors u are never formed: q . u_q = sum_s w_qs (s . q), and ||u_q||^2 = w_q G w_q^T with the Gram
-        matrix G = S S^T.
+        The vectors u are never formed: q . u_q = sum_s w_qs (s . q), and ||u_q||^2 = w_q G w_q^T with G = S S^T.
         """
         dots = all_dots(sources, queries)  # [*, B, s, A, q]
         w = self.weights(dots, source_mask, focal=focal)

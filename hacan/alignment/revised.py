@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from hacan.alignment.base import DIRECTIONS, FineAlignment, all_dots, inverse_norm, masked_mean, register
-
-EVEN_SHARE = "times the even share"
+from hacan.alignment.scoring import STREAMS
 
 
 @register("revised")
@@ -23,11 +22,7 @@ class RevisedAlignment(FineAlignment):
     ignores. They cancel exactly, up to the 1e-8 floor of the norms.
     """
 
-    attention_units: ClassVar = {
-        "ksf": "cosine with the residual, signed",
-        "lrg_high": EVEN_SHARE,
-        "lrg_mid": EVEN_SHARE,
-    }
+    attention_units: ClassVar = dict.fromkeys(STREAMS, "times the even share") | {"ksf": "signed residual cosine"}
 
     def __init__(self, *, direction: str, score_memory: float = 256) -> None:
         super().__init__(score_memory=score_memory)
@@ -45,11 +40,11 @@ class RevisedAlignment(FineAlignment):
         words = words_only(mask)
         scores = []
         if self.direction != "t2i":  # regions are the queries: z is [*, M, L, N, R]
-            z = filtered_cosines(tokens, regions, source_mask=words, query_mask=None)
+            z = filtered_cosines(tokens, regions, words, None)
             z = z.masked_fill(~words[..., None, None], -torch.inf)
             scores.append(z.amax(-3).mean(-1).mT)
         if self.direction != "i2t":  # words are the queries: z is [*, N, R, M, L]
-            z = filtered_cosines(regions, tokens, source_mask=None, query_mask=words)
+            z = filtered_cosines(regions, tokens, None, words)
             scores.append(masked_mean(z.amax(-3), words.unsqueeze(-3), -1))
         return sum(scores) / len(scores)
 
@@ -59,9 +54,9 @@ class RevisedAlignment(FineAlignment):
         if stream != "ksf":
             found = cosines(regions, tokens).softmax(-3).movedim(-3, -1) * regions.shape[-2]
         elif self.direction == "i2t":
-            found = filtered_cosines(tokens, regions, source_mask=words, query_mask=None).movedim(-2, -4)
+            found = filtered_cosines(tokens, regions, words, None).movedim(-2, -4)
         else:
-            found = filtered_cosines(regions, tokens, source_mask=None, query_mask=words).movedim(-3, -1)
+            found = filtered_cosines(regions, tokens, None, words).movedim(-3, -1)
         return found.masked_fill(~words[..., None, :, :, None], torch.nan)
 
 
@@ -73,31 +68,25 @@ def words_only(mask: Tensor) -> Tensor:
 
 def cosines(sources: Tensor, queries: Tensor) -> Tensor:
     """c(q, s) of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q]."""
-    return (
-        all_dots(sources, queries)
-        * inverse_norm(sources)[..., None, None]
-        * inverse_norm(queries)[..., None, None, :, :]
-    )
+    by_source, by_query = inverse_norm(sources), inverse_norm(queries)
+    return all_dots(sources, queries) * by_source[..., None, None] * by_query[..., None, None, :, :]
 
 
-def filtered_cosines(
-    sources: Tensor, queries: Tensor, *, source_mask: Tensor | None, query_mask: Tensor | None
-) -> Tensor:
+def filtered_cosines(sources: Tensor, queries: Tensor, source_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
     """The z of METHOD section 3, of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q].
 
-    The sign of delta has no gradient. A residual within rounding of its mean (32 epsilon of ||s||) counts as zero:
-    sources that are all equal, a single one among them, have no direction left, and rounding must not invent one.
+    The sign has no gradient. A residual within rounding of the mean (32 epsilon of ||s||) counts as zero: equal
+    sources, a single one among them, leave no direction, and rounding must not invent one.
     """
     source_mask = None if source_mask is None else source_mask[..., None]
+    query_mask = None if query_mask is None else query_mask[..., None, None, :, :]
+    rest = sources - masked_mean(sources, source_mask, -2, keepdim=True)
     with torch.no_grad():
         r = cosines(sources, queries)
         mean_s = masked_mean(r, None if source_mask is None else source_mask[..., None], -3, keepdim=True)
-        mean_q = masked_mean(r, None if query_mask is None else query_mask[..., None, None, :, :], -1, keepdim=True)
-        delta = r - (mean_s + mean_q) / 2
+        delta = r - (mean_s + masked_mean(r, query_mask, -1, keepdim=True)) / 2
         sign = delta.sign() * (delta.abs() > 1e-8)
-    rest = sources - masked_mean(sources, source_mask, -2, keepdim=True)
-    with torch.no_grad():
-        smallest = 32 * torch.finfo(sources.dtype).eps * torch.linalg.vector_norm(sources, dim=-1)
-        has_direction = torch.linalg.vector_norm(rest, dim=-1) > smallest
+        rounding = 32 * torch.finfo(sources.dtype).eps * torch.linalg.vector_norm(sources, dim=-1)
+        has_direction = torch.linalg.vector_norm(rest, dim=-1) > rounding
     scale = (inverse_norm(rest) * has_direction)[..., None, None]
     return all_dots(rest, queries) * sign * scale * inverse_norm(queries)[..., None, None, :, :]

@@ -1,7 +1,7 @@
-"""Scores of galleries: blocks of bounded memory, listed pairs, recomputation in the backward pass.
+"""Scores of galleries by any form: blocks of bounded memory, listed pairs, recomputation in the backward pass.
 
-Nothing here knows a form. Captions are sorted by length, so that blocks hold little padding. What depends on lengths or
-lists is computed on the CPU before the first block, so that no block waits for a GPU.
+Captions are sorted by length, so that blocks hold little padding. What depends on lengths or lists is computed on the
+CPU before the first block, so that no block waits for a GPU.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 if TYPE_CHECKING:
     from hacan.alignment.base import FineAlignment
 
+Texts = EncodedTexts | PackedTexts
 STREAMS = ("ksf", "lrg_high", "lrg_mid")
 LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid", "high")}  # of image, of text
 
@@ -27,9 +28,7 @@ LIVE_TENSORS, SAVED_TENSORS = 8, 12  # of the size of the cells: alive at once, 
 PADDING, FEWEST_TOKENS = 1.1, 128  # a bucket of so many tokens ends where padding would exceed 10%
 
 
-def score_all_pairs(
-    form: "FineAlignment", images: EncodedImages, texts: EncodedTexts | PackedTexts, streams: tuple[str, ...]
-) -> Tensor:
+def score_all_pairs(form: "FineAlignment", images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> Tensor:
     """Scores [N, M] of all pairs, the sum of `streams`."""
     scorer = BlockScorer(form, images, texts, streams)
     count, lengths = len(images.high), scorer.lengths
@@ -37,8 +36,9 @@ def score_all_pairs(
         return images.high.new_zeros(count, len(lengths), dtype=scorer.dtype)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     buckets = length_buckets([lengths[j] for j in order], tokens=scorer.tokens_per_block)
-    blocks = [scorer.block(torch.tensor(order[bucket]), longest=lengths[order[bucket][-1]]) for bucket in buckets]
-    scorer.plan_backward(pairs_of_tokens=count * sum(block.rows.numel() for block in blocks))
+    chosen = [order[bucket] for bucket in buckets]
+    blocks = [scorer.block(torch.tensor(some), lengths[some[0]], lengths[some[-1]]) for some in chosen]
+    scorer.plan_backward(count * sum(block.rows.numel() for block in blocks))
     columns = []
     for block in blocks:
         tokens, total = scorer.tokens(block), 0
@@ -48,15 +48,11 @@ def score_all_pairs(
             total = total + torch.cat([scorer.score(stream, some, tokens, block) for some in regions.split(share)])
         columns.append(total)
     scores = torch.cat(columns, 1)[:, torch.tensor(order).argsort().to(scorer.device)]
-    return scores.masked_fill(scorer.without_tokens(), 0)
+    return scores.masked_fill(scorer.empty, 0)
 
 
 def score_listed_pairs(
-    form: "FineAlignment",
-    images: EncodedImages,
-    texts: EncodedTexts | PackedTexts,
-    pairs: Tensor,
-    streams: tuple[str, ...],
+    form: "FineAlignment", images: EncodedImages, texts: Texts, pairs: Tensor, streams: tuple[str, ...]
 ) -> Tensor:
     """Scores [P] of listed pairs [P, 2] (image, text), the sum of `streams`.
 
@@ -64,7 +60,10 @@ def score_listed_pairs(
     [G, 1, R, d] and tokens [G, m, L, d].
     """
     scorer, pairs = BlockScorer(form, images, texts, streams), pairs.cpu()
-    _check_pairs(pairs, images=len(images.high), texts=len(scorer.lengths))
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+        raise ValueError(f"pairs is {list(pairs.shape)} of {pairs.dtype}, expected [P, 2] of torch.int64")
+    if len(pairs) and not ((pairs >= 0) & (pairs < torch.tensor([len(images.high), len(scorer.lengths)]))).all():
+        raise ValueError(f"pairs holds an index outside of {len(images.high)} images and {len(scorer.lengths)} texts")
     lengths = torch.tensor(scorer.lengths)[pairs[:, 1]]
     if not lengths.any():
         return images.high.new_zeros(len(pairs), dtype=scorer.dtype)
@@ -73,16 +72,15 @@ def score_listed_pairs(
     tokens_per_block = max(1, scorer.cells_per_block // max(images.high.shape[1], images.mid.shape[1]))
     blocks, places = [], []
     for group in groups_of_images(pairs[order, 0], lengths[order], tokens=tokens_per_block):
-        rows = pairs[order[group[:, -1]], 0]
-        rows = rows.to(scorer.device) if len(group) > 1 else int(rows)
+        rows = pairs[order[group[:, -1]], 0].to(scorer.device) if len(group) > 1 else int(pairs[order[group[0, -1]], 0])
         longest = lengths[order[group]].masked_fill(group < 0, 0).amax(0).tolist()
         for bucket in length_buckets(longest, tokens=tokens_per_block // len(group)):
             listed = group[:, bucket]
             captions = pairs[order[listed], 1].masked_fill(listed < 0, -1)
             captions = captions if len(group) > 1 else captions[0]  # one image: without a batch dimension
-            blocks.append((rows, scorer.block(captions, longest=longest[bucket][-1])))
+            blocks.append((rows, scorer.block(captions, 0, longest[bucket][-1])))
             places.append(listed.flatten())
-    scorer.plan_backward(pairs_of_tokens=sum(block.rows.numel() for _, block in blocks))
+    scorer.plan_backward(sum(block.rows.numel() for _, block in blocks))
     scores = []
     for rows, block in blocks:
         tokens, total = scorer.tokens(block), 0
@@ -93,8 +91,7 @@ def score_listed_pairs(
     places = torch.cat(places)
     where = torch.empty_like(order)
     where[order[places[places >= 0]]] = (places >= 0).nonzero().flatten()
-    empty = scorer.without_tokens()[pairs[:, 1].to(scorer.device)]
-    return torch.cat(scores)[where.to(scorer.device)].masked_fill(empty, 0)
+    return torch.cat(scores)[where.to(scorer.device)].masked_fill(scorer.empty[pairs[:, 1].to(scorer.device)], 0)
 
 
 def length_buckets(lengths: list[int], *, tokens: int) -> list[slice]:
@@ -110,66 +107,64 @@ def length_buckets(lengths: list[int], *, tokens: int) -> list[slice]:
 
 
 def groups_of_images(images: Tensor, lengths: Tensor, *, tokens: int) -> Iterator[Tensor]:
-    """Lists of consecutive images that share blocks: places [G, m] of their pairs, right-aligned, -1 before a list.
+    """Groups of images whose lists share blocks: places [G, m] of their pairs, right-aligned, -1 before a list.
 
-    `images` [P] and `lengths` [P] of pairs sorted by both. Lists share a block while they have at most `tokens` tokens.
+    `images` [P] and `lengths` [P] of pairs sorted by both; `tokens`: of a group at most, unless it is a single image.
     """
     counts = images.unique_consecutive(return_counts=True)[1]
     ends = counts.cumsum(0)
-    sizes = lengths.cumsum(0)[ends - 1].diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()  # tokens of the lists
-    first = 0
-    while first < len(sizes):
-        last, largest = first + 1, sizes[first]
-        while last < len(sizes) and (last - first + 1) * max(largest, sizes[last]) <= tokens:
-            largest = max(largest, sizes[last])
-            last += 1
-        group = torch.arange(-int(counts[first:last].max()), 0) + ends[first:last, None]
-        yield group.masked_fill(group < (ends - counts)[first:last, None], -1)
-        first = last
+    largest = int(lengths.cumsum(0)[ends - 1].diff(prepend=ends.new_zeros(1)).max())
+    for some in torch.arange(len(counts)).split(max(1, tokens // max(1, largest))):
+        group = torch.arange(-int(counts[some].max()), 0) + ends[some, None]
+        yield group.masked_fill(group < (ends - counts)[some, None], -1)
 
 
 class Block(NamedTuple):
     """Captions that are scored together."""
 
     rows: Tensor  # [*, m, L] int64: their rows of the token tables
-    padding: Tensor  # [P] int64: places of `rows`, flat, that are beyond a caption's end
+    padding: Tensor | None  # [P] int64: places of `rows`, flat, that are beyond a caption's end
     mask: Tensor  # [*, m, L] bool: the real tokens; one, a zero, of a caption without any
 
 
 class BlockScorer:
     """What one call knows: features, block sizes, and how a block is scored."""
 
-    def __init__(
-        self, form: "FineAlignment", images: EncodedImages, texts: EncodedTexts | PackedTexts, streams: tuple[str, ...]
-    ) -> None:
-        _check_features(images, texts, streams)
+    def __init__(self, form: "FineAlignment", images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> None:
+        if not streams or any(stream not in STREAMS for stream in streams):
+            raise ValueError(f"streams={streams!r}: expected some of {', '.join(STREAMS)}")
+        widths = [features.shape[-1] for features in (images.high, images.mid, texts.high, texts.mid)]
+        if len(set(widths)) > 1:
+            raise ValueError(f"high and mid features of images and texts are {widths} wide: expected one width d")
         self.form, self.images, self.streams, self.device = form, images, streams, images.high.device
         self.dtype = torch.promote_types(images.high.dtype, torch.float32)
         self.tables = {level: getattr(texts, level) for level in {LEVELS[stream][1] for stream in streams}}
         if isinstance(texts, PackedTexts):
             self.real, bounds = None, texts.offsets.tolist()
-            self.starts, self.lengths = bounds[:-1], [end - start for start, end in pairwise(bounds)]
+            starts, self.lengths = bounds[:-1], [end - start for start, end in pairwise(bounds)]
+            self.empty = torch.tensor([not length for length in self.lengths], dtype=torch.bool).to(self.device)
         else:
             self.real, (count, width) = texts.mask, texts.mask.shape
             for level, table in self.tables.items():
                 self.tables[level] = table.masked_fill(~self.real[..., None], 0).flatten(0, 1)
-            self.starts, self.lengths = [j * width for j in range(count)], [width] * count
+            starts, self.lengths = [j * width for j in range(count)], [width] * count
             if width and self.real.device.type == "cpu":  # a GPU is not waited for: there all have the full width
                 self.lengths = (self.real * torch.arange(1, width + 1)).amax(1).tolist()
-        self._starts, self._lengths = torch.tensor(self.starts), torch.tensor(self.lengths)
+            self.empty = ~self.real.any(1).to(self.device)
+        self._starts, self._lengths = torch.tensor(starts), torch.tensor(self.lengths)
         on_cpu, budget = self.device.type == "cpu", int(form.score_memory * 2**20) // self.dtype.itemsize
-        fitting = max(1, budget // LIVE_TENSORS), max(1, budget // LIVE_TENSORS // images.high.shape[-1])
-        self.cells_per_block = min(fitting[0], CPU_CELLS) if on_cpu else fitting[0]
-        self.tokens_per_block = min(fitting[1], CPU_TOKENS) if on_cpu else fitting[1]
+        cells, tokens = budget // LIVE_TENSORS, budget // LIVE_TENSORS // images.high.shape[-1]
+        self.cells_per_block = max(1, min(cells, CPU_CELLS) if on_cpu else cells)
+        self.tokens_per_block = max(1, min(tokens, CPU_TOKENS) if on_cpu else tokens)
         self.recompute, self._budget = False, budget
 
-    def plan_backward(self, *, pairs_of_tokens: int) -> None:
-        """Keep the graph of so many (token, image) pairs, or compute every block again in the backward pass."""
-        cells = pairs_of_tokens * sum(self.regions(stream).shape[1] for stream in self.streams)
+    def plan_backward(self, tokens: int) -> None:
+        """Keep the graph of so many tokens, each beside one image, or recompute each block in the backward pass."""
+        cells = tokens * sum(self.regions(stream).shape[1] for stream in self.streams)
         self.recompute = torch.is_grad_enabled() and cells * SAVED_TENSORS > self._budget
 
-    def block(self, captions: Tensor, *, longest: int) -> Block:
-        """The block of captions [*, m] (int64, on the CPU); -1: an empty place, whose score is not read."""
+    def block(self, captions: Tensor, shortest: int, longest: int) -> Block:
+        """The block of captions [*, m] (int64, on the CPU) of these lengths; -1: no caption, its score is not read."""
         places = torch.arange(max(1, longest))
         beyond = places >= self._lengths[captions].masked_fill(captions < 0, 0)[..., None]
         rows = (self._starts[captions][..., None] + places).masked_fill(beyond, 0)
@@ -177,14 +172,17 @@ class BlockScorer:
         if self.real is not None:
             real = real & self.real[captions.to(self.real.device)][..., : len(places)]
         mask = torch.cat([real[..., :1] | ~real.any(-1, keepdim=True), real[..., 1:]], -1)
-        at = next(iter(self.tables.values())).device
-        return Block(rows.to(at), beyond.flatten().nonzero().flatten().to(at), mask)
+        device = next(iter(self.tables.values())).device
+        padding = beyond.flatten().nonzero().flatten().to(device) if shortest < longest else None
+        return Block(rows.to(device), padding, mask)
 
     def tokens(self, block: Block) -> dict[str, Tensor]:
         """Tokens [*, m, L, d] of a block by level; padding holds zeros."""
         found = {}
         for level, table in self.tables.items():
-            tokens = table.index_select(0, block.rows.flatten()).index_fill_(0, block.padding, 0)
+            tokens = table.index_select(0, block.rows.flatten())
+            if block.padding is not None:
+                tokens = tokens.index_fill_(0, block.padding, 0)
             found[level] = tokens.to(device=self.device, dtype=self.dtype).unflatten(0, block.rows.shape)
         return found
 
@@ -194,32 +192,11 @@ class BlockScorer:
 
     def score(self, stream: str, regions: Tensor, tokens: dict[str, Tensor], block: Block) -> Tensor:
         """The stream's equation of regions [*, n, R, d] and a block's captions, [*, n, m]."""
+        form = self.form.key_semantic_filter if stream == "ksf" else self.form.local_relationship_guidance
 
         def equation(regions: Tensor, tokens: Tensor) -> Tensor:
             with torch.autocast(self.device.type, enabled=False):
-                return self.form.equation(stream)(regions.to(self.dtype), tokens, block.mask)
+                return form(regions.to(self.dtype), tokens, block.mask)
 
         arguments = regions, tokens[LEVELS[stream][1]]
         return checkpoint(equation, *arguments, use_reentrant=False) if self.recompute else equation(*arguments)
-
-    def without_tokens(self) -> Tensor:
-        """Which captions have no token, [M] bool."""
-        if self.real is not None:
-            return ~self.real.any(1).to(self.device)
-        return torch.tensor([not length for length in self.lengths], dtype=torch.bool).to(self.device)
-
-
-def _check_features(images: EncodedImages, texts: EncodedTexts | PackedTexts, streams: tuple[str, ...]) -> None:
-    if not streams or any(stream not in STREAMS for stream in streams):
-        raise ValueError(f"streams={streams!r}: expected some of {', '.join(STREAMS)}")
-    shapes = {"images.high": images.high, "images.mid": images.mid, "texts.high": texts.high, "texts.mid": texts.mid}
-    if len({features.shape[-1] for features in shapes.values()}) > 1:
-        found = ", ".join(f"{name} {list(features.shape)}" for name, features in shapes.items())
-        raise ValueError(f"features must have one width d: found {found}")
-
-
-def _check_pairs(pairs: Tensor, *, images: int, texts: int) -> None:
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
-        raise ValueError(f"pairs is {list(pairs.shape)} of {pairs.dtype}, expected [P, 2] of torch.int64")
-    if len(pairs) and (int(pairs.min()) < 0 or int(pairs[:, 0].max()) >= images or int(pairs[:, 1].max()) >= texts):
-        raise ValueError(f"pairs holds an index outside of {images} images and {texts} texts")

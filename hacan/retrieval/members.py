@@ -98,7 +98,7 @@ def _check_finite(
     model: nn.Module, scores: Tensor, images: EncodedImages, texts: PackedTexts, pairs: Tensor | None = None
 ) -> None:
     if not bool(scores.isfinite().all()):
-        raise UserError(model.alignment.describe_non_finite(images, texts, pairs))
+        raise UserError(model.describe_non_finite(images, texts, pairs))
 
 
 class MemberScores:
