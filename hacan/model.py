@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from hacan.alignment import STREAMS
+from hacan.alignment import STREAMS, FineAlignment
 from hacan.encoders import ImageEncoder, TextEncoder
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
@@ -27,7 +27,7 @@ class HACAN(nn.Module):
         project_text_mid: nn.Linear,
         aggregate_image: nn.Module,
         aggregate_text: nn.Module,
-        alignment: nn.Module,
+        alignment: FineAlignment,
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
@@ -76,22 +76,6 @@ class HACAN(nn.Module):
         """Fine similarity of all pairs, [N, M] float32 (METHOD sections 2 and 3)."""
         return self.alignment(images, texts)
 
-    @torch.no_grad()
-    def describe_non_finite(
-        self, images: EncodedImages, texts: EncodedTexts | PackedTexts, pairs: Tensor | None = None
-    ) -> str:
-        """Say which streams gave fine scores that are not finite, and whether the features are."""
-        form, streams = self.alignment, []
-        for stream in STREAMS:
-            one = {"streams": (stream,)}
-            scores = form(images, texts, **one) if pairs is None else form.pairs(images, texts, pairs, **one)
-            streams += [] if scores.isfinite().all() else [stream]
-        real = texts.mask if isinstance(texts, EncodedTexts) else slice(None)
-        features = (images.high, images.mid, texts.high[real], texts.mid[real])
-        finite = all(bool(values.isfinite().all()) for values in features)
-        why = "although all features are" if finite else "and neither are the features that the encoders gave"
-        return f"alignment={form.name}: scores of {', '.join(streams) or 'their sum'} are not finite, {why}"
-
     def global_similarity(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
         """Cosine of the global embeddings of all pairs, [N, M] float32 (METHOD sections 4 and 6)."""
         with torch.autocast(images.pooled.device.type, enabled=False):
@@ -132,3 +116,20 @@ class HACAN(nn.Module):
     def _backbone_gradients(self) -> torch.set_grad_enabled:
         """Gradients as the caller has them, or none at all while the encoders are frozen."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
+
+
+@torch.no_grad()
+def describe_non_finite(
+    alignment: FineAlignment, images: EncodedImages, texts: EncodedTexts | PackedTexts, pairs: Tensor | None = None
+) -> str:
+    """Say which streams gave fine scores that are not finite, and whether the features are."""
+    streams = []
+    for stream in STREAMS:
+        one = {"streams": (stream,)}
+        scores = alignment(images, texts, **one) if pairs is None else alignment.pairs(images, texts, pairs, **one)
+        streams += [] if scores.isfinite().all() else [stream]
+    real = texts.mask if isinstance(texts, EncodedTexts) else slice(None)
+    features = (images.high, images.mid, texts.high[real], texts.mid[real])
+    finite = all(bool(values.isfinite().all()) for values in features)
+    why = "although all features are" if finite else "and neither are the features that the encoders gave"
+    return f"alignment={alignment.name}: scores of {', '.join(streams) or 'their sum'} are not finite, {why}"

@@ -24,7 +24,7 @@ from hacan.losses import (
     triplet_ranking_loss,
     triplet_ranking_loss_all,
 )
-from hacan.model import HACAN
+from hacan.model import HACAN, describe_non_finite
 from hacan.types import EncodedImages, EncodedTexts, PairBatch
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Training(pl.LightningModule):
         """Which streams of the alignment are not finite, for an error message; empty where all are."""
         with torch.no_grad():
             finite = bool(self.model.score(images, texts).isfinite().all())
-        return "" if finite else f". {self.model.describe_non_finite(images, texts)}"
+        return "" if finite else f". {describe_non_finite(self.model.alignment, images, texts)}"
 
     def _encode(self, batch: PairBatch) -> tuple[EncodedImages, EncodedTexts]:
         """The features of a batch; of a batch without pairs those of one blank pair, for its shapes and its graph.

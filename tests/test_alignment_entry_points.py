@@ -4,8 +4,17 @@ import pytest
 import torch
 from test_alignment import DIRECTIONS, FORMS, changed, features, form
 
-from hacan.alignment import HybridAlignment, RevisedAlignment, pack_texts
+from hacan.alignment import (
+    HybridAlignment,
+    RevisedAlignment,
+    base,
+    build_alignment,
+    hyperparameters_of,
+    pack_texts,
+    register,
+)
 from hacan.alignment.scoring import groups_of_images, length_buckets
+from hacan.errors import UserError
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 SHUFFLED = torch.tensor([[2, 3], [0, 6], [2, 0], [1, 2], [0, 6], [2, 5], [0, 1], [1, 1], [2, 6]])
@@ -221,3 +230,68 @@ def test_later_calls_do_not_change_earlier_scores(name, focal_type):
     assert torch.equal(first, kept)
     with torch.no_grad():
         torch.testing.assert_close(alignment.pairs(images, texts, SHUFFLED), kept)
+
+
+# ------------------------------------------------------------------------------------- a researcher's first experiments
+
+
+def test_an_edited_equation_changes_training_and_evaluation_alike(monkeypatch):
+    images, texts = features(60)
+    alignment, slope = form("hybrid", "prob", "both"), torch.nn.functional.leaky_relu
+    before = alignment(images, texts)
+    monkeypatch.setattr(torch.nn.functional, "leaky_relu", lambda x, _: slope(x, 0.5))
+    texts = changed(texts, lambda t: t.nan_to_num().requires_grad_())
+    trained = alignment(images, texts)
+    assert trained.requires_grad and (trained - before).abs().max() > 1e-3
+    with torch.inference_mode():
+        torch.testing.assert_close(alignment(images, texts), trained.detach())
+        listed = alignment.pairs(images, texts, SHUFFLED)
+    torch.testing.assert_close(listed, trained.detach()[SHUFFLED[:, 0], SHUFFLED[:, 1]], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_a_plain_softmax_without_the_norm_over_queries_is_finite(scale):
+    class PlainSoftmax(HybridAlignment):
+        def weights(self, dots, source_mask, *, focal):
+            logits = self.lambda_softmax * dots
+            if source_mask is not None:
+                logits = logits.masked_fill(~source_mask[..., None, None], -torch.inf)
+            w = logits.softmax(-3)
+            return self.focal_weights(w, source_mask) if focal else w
+
+    images, texts = features(61, scale=scale)
+    images.high.requires_grad_()
+    scores = PlainSoftmax(direction="both", lambda_softmax=9.0, focal_type="prob")(images, texts)
+    assert scores.isfinite().all()
+    assert torch.autograd.grad(scores.sum(), images.high)[0].isfinite().all()
+
+
+def test_hyperparameters_are_those_of_the_constructor_and_of_its_parents():
+    class Scaled(HybridAlignment):
+        def __init__(self, *, extra, depth=2, **rest):
+            super().__init__(**rest)
+            self.extra, self.depth = extra, depth
+
+    assert list(hyperparameters_of(RevisedAlignment)) == ["direction"]
+    assert set(hyperparameters_of(Scaled)) == {"direction", "lambda_softmax", "focal_type", "extra", "depth"}
+    values = {"direction": "t2i", "lambda_softmax": 3.0, "focal_type": "equal", "extra": "x"}
+    assert Scaled(**values).hyperparameters == values | {"depth": 2}
+
+
+def test_forms_are_built_from_the_registry(monkeypatch):
+    monkeypatch.setattr(base, "FORMS", dict(base.FORMS))
+
+    @register("unlike")
+    class Unlike(RevisedAlignment):
+        def __init__(self, *, width, **rest):
+            super().__init__(**rest)
+            self.width = width
+
+    values = {"direction": "t2i", "focal_type": "prob"}
+    with pytest.raises(UserError, match=r"alignment=unlike needs the config key width"):
+        build_alignment("unlike", values)
+    built = build_alignment("unlike", values | {"width": 3}, score_memory=7)
+    assert (type(built), built.name, built.hyperparameters) == (Unlike, "unlike", {"width": 3, "direction": "t2i"})
+    assert built.score_memory == 7
+    with pytest.raises(ValueError, match="registered by"):
+        register("unlike")(HybridAlignment)

@@ -16,6 +16,7 @@ from hacan.alignment import HybridAlignment, RevisedAlignment
 from hacan.errors import UserError
 from hacan.retrieval import evaluate as evaluating
 from hacan.retrieval import hierarchical
+from hacan.retrieval.compare import compare_results, load_result
 from hacan.retrieval.evaluate import Processes, Protocol, Split, evaluate
 from hacan.retrieval.members import member_of
 from hacan.retrieval.metrics import mean_of_metrics, retrieval_metrics
@@ -411,3 +412,30 @@ def test_coco_ids_bring_the_judged_matches(monkeypatch, tmp_path):
     assert found.to_json()["extended"] == found.extended
     assert run([make_member()], split).extended is None
     assert run([make_member()], split._replace(coco_ids=(split.ids, texts)), Protocol(fold5=True)).extended is None
+
+
+@pytest.mark.parametrize(
+    ("stream", "coarse"), [("key_semantic_filter", "release"), ("local_relationship_guidance", "global")]
+)
+def test_scores_that_are_not_finite_name_the_form_and_the_stream(stream, coarse, monkeypatch):
+    split, *_ = make_split([0, 0, 1, 2], images=3)
+    member = make_member()
+    equation = getattr(HybridAlignment, stream)
+    monkeypatch.setattr(HybridAlignment, stream, lambda *arguments: equation(*arguments) / 0)
+    expected = "ksf" if stream == "key_semantic_filter" else "lrg_high, lrg_mid"
+    with pytest.raises(
+        UserError, match=f"alignment=hybrid: scores of {expected} are not finite, although all features"
+    ):
+        run([member], split, Protocol(coarse=coarse))
+
+
+def test_two_evaluations_that_differ_in_a_hyperparameter_are_told_apart(tmp_path):
+    split, *_ = make_split([0, 0, 1, 2], images=3)
+    for name, scale in (("one", 9.0), ("other", 4.0)):
+        model = ToyModel(0)
+        model.alignment.lambda_softmax = scale
+        member = member_of(model, name=name, device=torch.device("cpu"), settings=model.alignment.hyperparameters)
+        run([member], split).save(tmp_path / name)
+    one, other = (load_result(tmp_path / name) for name in ("one", "other"))
+    printed = compare_results(one, other, resamples=10)
+    assert "lambda_softmax=9.0" in printed and "lambda_softmax=4.0" in printed and "agree in everything" not in printed

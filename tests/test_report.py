@@ -15,7 +15,8 @@ import references
 import torch
 from torch.nn import functional as F
 
-from hacan.alignment import HybridAlignment, RevisedAlignment
+from hacan.alignment import FineAlignment, HybridAlignment, RevisedAlignment
+from hacan.errors import UserError
 from hacan.pixels import evaluation_pixels
 from hacan.pretrained import Pretrained
 from hacan.report.attention import pair_attention
@@ -108,6 +109,16 @@ def test_a_word_that_is_one_region_has_its_maximum_there():
             grid = part.values[2].view(ROWS, COLUMNS)
             assert grid.argmax() == 4
             assert grid[1, 1] > 2 * grid.abs().sum() / grid.numel()
+
+
+class WithoutAttention(RevisedAlignment):
+    name = "blind"
+    attention = FineAlignment.attention
+
+
+def test_a_form_without_attention_is_said_to_have_no_heatmaps():
+    with pytest.raises(UserError, match="alignment=blind has no heatmaps: WithoutAttention defines no attention"):
+        pair_attention(WithoutAttention(direction="t2i"), *random_pair())
 
 
 def test_several_items_at_once_are_refused():
@@ -422,6 +433,13 @@ def test_a_report_stands_alone_and_captions_are_only_text(evaluated, tmp_path):
     assert "training" not in page.ids  # nothing was trained here
     assert page.hits >= 10  # each query shows what is correct
     assert path.stat().st_size < 1_000_000
+
+
+def test_a_report_of_a_form_without_attention_says_so(evaluated, tmp_path):
+    make, pretrained, write = evaluated
+    pretrained.model.alignment = WithoutAttention(direction="t2i")
+    page = Page(write(tmp_path / "report.html", make(), pretrained=pretrained).read_text(encoding="utf-8"))
+    assert "alignment=blind defines no attention()" in page.text and "viewer" not in page.ids
 
 
 def test_every_part_of_a_report_has_its_link_and_the_receipt_is_for_reading(evaluated, tmp_path):

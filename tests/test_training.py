@@ -154,6 +154,14 @@ def test_a_loss_that_is_not_finite_names_step_ids_and_terms(make_training, batch
     assert "\n" not in str(error.value)
 
 
+def test_a_form_that_is_not_finite_is_named_with_its_stream(make_training, batch, tmp_path, monkeypatch):
+    training = make_training()
+    equation = type(training.model.alignment).key_semantic_filter
+    monkeypatch.setattr(type(training.model.alignment), "key_semantic_filter", lambda *args: equation(*args) / 0)
+    with pytest.raises(UserError, match="alignment=hybrid: scores of ksf are not finite, although all features are"):
+        fit(training, batch, tmp_path, epochs=1)
+
+
 def none_of(batch):
     return PairBatch(*(values[:0] for values in batch))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hacan.errors import UserError
+from hacan.model import describe_non_finite
 from hacan.retrieval.features import hash_of_tensors
 from hacan.types import EncodedImages, EncodedTexts, Gallery, PackedTexts
 
@@ -98,7 +99,7 @@ def _check_finite(
     model: nn.Module, scores: Tensor, images: EncodedImages, texts: PackedTexts, pairs: Tensor | None = None
 ) -> None:
     if not bool(scores.isfinite().all()):
-        raise UserError(model.describe_non_finite(images, texts, pairs))
+        raise UserError(describe_non_finite(model.alignment, images, texts, pairs))
 
 
 class MemberScores:
