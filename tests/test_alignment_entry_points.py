@@ -13,7 +13,7 @@ from hacan.alignment import (
     pack_texts,
     register,
 )
-from hacan.alignment.scoring import groups_of_images, length_buckets
+from hacan.alignment.scoring import groups_of_images, length_buckets, rounded
 from hacan.errors import UserError
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
@@ -180,13 +180,12 @@ def test_pairs_out_of_the_gallery_are_named():
 
 
 def test_length_buckets_cover_sorted_captions_with_little_padding():
-    lengths = sorted(torch.randint(0, 30, (500,), generator=torch.Generator().manual_seed(0)).tolist())
+    lengths = sorted(torch.randint(1, 30, (500,), generator=torch.Generator().manual_seed(0)).tolist())
     buckets = length_buckets(lengths, tokens=1000)
     assert [place for bucket in buckets for place in range(500)[bucket]] == list(range(500))
-    for bucket in buckets:
-        assert (bucket.stop - bucket.start) * lengths[bucket][-1] <= 1000
-    padded = sum((bucket.stop - bucket.start) * lengths[bucket][-1] for bucket in buckets)
-    assert padded < 1.1 * sum(lengths)
+    padded = [(bucket.stop - bucket.start) * rounded(lengths[bucket][-1]) for bucket in buckets]
+    assert max(padded) <= 1000
+    assert sum(padded) < 1.15 * sum(lengths)
     assert length_buckets([7], tokens=1) == [slice(0, 1)]  # a single caption is never cut
 
 

@@ -109,22 +109,23 @@ def evaluation_lists(options: argparse.Namespace, device: torch.device) -> Itera
 
 
 def shortlists_of_50(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
-    """Re-ranking of short lists: 50 captions an image, 16 images a call."""
-    yield "Re-ranking: lists of 50 captions an image"
+    """Re-ranking of short lists, all images in one call."""
+    yield f"Re-ranking: lists of 50 captions for {options.images} images, out of {5 * options.images} captions"
     yield from re_ranking(options, device, "shortlists")
 
 
 def re_ranking(options: argparse.Namespace, device: torch.device, task: str) -> Iterator[str]:
     """The table of one kind of lists."""
-    images, texts = gallery(options.images, CAPTIONS, device)
-    pairs = listed(task, options.images)
-    calls = [pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + 16)] for first in range(0, options.images, 16)]
+    images, texts, pairs = listed(task, options.images, device)
+    together = 16 if task == "lists" else options.images
+    calls = [pairs[pairs[:, 0] // together == call] for call in range(-(-options.images // together))]
+    some = min(16, options.images)
     factors = [
         (regions[i], tokens[token_rows(texts, pairs[pairs[:, 0] == i, 1]).to(device)])
         for regions, tokens in streams(images, texts)
-        for i in range(min(16, options.images))  # the tokens of each list side by side: no gather is timed
+        for i in range(some)  # the tokens of each list side by side: no gather is timed
     ]
-    share = int((pairs[:, 0] < 16).sum()) / len(pairs)
+    share = int((pairs[:, 0] < some).sum()) / len(pairs)
 
     def products() -> None:
         for regions, tokens in factors:
@@ -268,11 +269,13 @@ def batch(device: torch.device) -> tuple[EncodedImages, EncodedTexts]:
     return images, EncodedTexts(*padded, mask.to(device), texts.pooled)
 
 
-def listed(task: str, images: int) -> Tensor:
-    """Pairs of each image with captions drawn at random: 50, or 150 to 350."""
+def listed(task: str, images: int, device: torch.device) -> tuple[EncodedImages, PackedTexts, Tensor]:
+    """A gallery, and pairs of each image with captions drawn at random: 50 of few, or 150 to 350 of many."""
+    captions = 5 * images if task == "shortlists" else CAPTIONS
     sizes = [50 if task == "shortlists" else int(torch.randint(150, 351, ())) for _ in range(images)]
-    drawn = [torch.randperm(CAPTIONS)[:size].sort().values for size in sizes]
-    return torch.stack([torch.arange(images).repeat_interleave(torch.tensor(sizes)), torch.cat(drawn)], dim=1)
+    drawn = [torch.randperm(captions)[:size].sort().values for size in sizes]
+    pairs = torch.stack([torch.arange(images).repeat_interleave(torch.tensor(sizes)), torch.cat(drawn)], dim=1)
+    return *gallery(images, captions, device), pairs
 
 
 def token_rows(texts: PackedTexts, captions: Tensor) -> Tensor:
@@ -368,8 +371,7 @@ def peak_of_first_call(options: argparse.Namespace, device: torch.device) -> flo
         images, texts = gallery(options.images, 5 * options.images, device)
         function = partial(alignment, images, texts)
     else:
-        images, texts = gallery(options.images, CAPTIONS, device)
-        pairs = listed(task, options.images)
+        images, texts, pairs = listed(task, options.images, device)
         function = partial(alignment.pairs, images, texts, pairs[pairs[:, 0] < 16])
     few = EncodedImages(*(field[:2] for field in images)), EncodedTexts(*(field[:3] for field in batch(device)[1]))
     alignment(*few)  # the libraries' own memory
