@@ -251,12 +251,12 @@ def test_an_edited_equation_changes_training_and_evaluation_alike(monkeypatch):
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 def test_a_plain_softmax_without_the_norm_over_queries_is_finite(scale):
     class PlainSoftmax(HybridAlignment):
-        def weights(self, dots, source_mask, *, focal):
+        def weights(self, dots, s_mask, focal):
             logits = self.lambda_softmax * dots
-            if source_mask is not None:
-                logits = logits.masked_fill(~source_mask[..., None, None], -torch.inf)
+            if s_mask is not None:
+                logits = logits.masked_fill(~s_mask[..., None, None], -torch.inf)
             w = logits.softmax(-3)
-            return self.focal_weights(w, source_mask) if focal else w
+            return self.focal_weights(w, s_mask) if focal else w
 
     images, texts = features(61, scale=scale)
     images.high.requires_grad_()

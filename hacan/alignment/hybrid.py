@@ -38,47 +38,47 @@ class HybridAlignment(FineAlignment):
 
     def key_semantic_filter(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """KSF(V_h, T_h) = score(Q, S) with focal weights, [*, N, M]."""
-        return self._both_ways(regions, tokens, mask, focal=True)
+        return self._both_ways(regions, tokens, mask, True)
 
     def local_relationship_guidance(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """LRG(V_h, T_m) and LRG(V_m, T_h) = score(Q, S), [*, N, M]."""
-        return self._both_ways(regions, tokens, mask, focal=False)
+        return self._both_ways(regions, tokens, mask, False)
 
-    def _both_ways(self, regions: Tensor, tokens: Tensor, mask: Tensor, *, focal: bool) -> Tensor:
+    def _both_ways(self, regions: Tensor, tokens: Tensor, mask: Tensor, focal: bool) -> Tensor:
         scores = []
         if self.direction != "t2i":
-            scores.append(self.score(regions, tokens, query_mask=None, source_mask=mask, focal=focal).mT)
+            dots = all_dots(tokens, regions)  # [*, M, L, N, R]
+            scores.append(self.score(dots, regions, tokens, None, mask, focal).mT)
         if self.direction != "i2t":
-            scores.append(self.score(tokens, regions, query_mask=mask, source_mask=None, focal=focal))
+            dots = all_dots(regions, tokens) if not scores else dots.movedim((-2, -1), (-4, -3)).contiguous()
+            scores.append(self.score(dots, tokens, regions, mask, None, focal))
         return sum(scores) / len(scores)
 
     def score(
-        self, queries: Tensor, sources: Tensor, *, query_mask: Tensor | None, source_mask: Tensor | None, focal: bool
+        self, dots: Tensor, queries: Tensor, sources: Tensor, q_mask: Tensor | None, s_mask: Tensor | None, focal: bool
     ) -> Tensor:
-        """Scores [*, B, A] of queries [*, A, q, d] and sources [*, B, s, d].
+        """Scores [*, B, A] of queries [*, A, q, d] and sources [*, B, s, d] from their dot products [*, B, s, A, q].
 
         The vectors u are never formed: q . u_q = sum_s w_qs (s . q), and ||u_q||^2 = w_q G w_q^T with G = S S^T.
         """
-        dots = all_dots(sources, queries)  # [*, B, s, A, q]
-        w = self.weights(dots, source_mask, focal=focal)
+        w = self.weights(dots, s_mask, focal)
         gram = sources @ sources.mT  # [*, B, s, s]
         along = (w * dots).sum(-3)  # q . u_q, [*, B, A, q]
         squares = (w * (gram @ w.flatten(-2)).view_as(w)).sum(-3)  # ||u_q||^2
         cosines = along * squares.clamp_min(1e-16).rsqrt() * inverse_norm(queries).unsqueeze(-3)
-        return masked_mean(cosines, None if query_mask is None else query_mask.unsqueeze(-3), -1)
+        return masked_mean(cosines, None if q_mask is None else q_mask.unsqueeze(-3), -1)
 
-    def weights(self, dots: Tensor, source_mask: Tensor | None, *, focal: bool) -> Tensor:
+    def weights(self, dots: Tensor, s_mask: Tensor | None, focal: bool) -> Tensor:
         """Attention weights w of dot products [*, B, s, A, q]; they sum to 1 over s."""
         a = F.leaky_relu(dots, 0.1)
         b = a / (torch.linalg.vector_norm(a, dim=-1, keepdim=True) + 1e-8)
         padding = dots.new_zeros(())
-        if source_mask is not None:
-            padding = dots.new_zeros(source_mask.shape).masked_fill(~source_mask, -torch.inf)[..., None, None]
-        logits = torch.add(padding, b, alpha=self.lambda_softmax)
-        w = logits.softmax(-3)
-        return self.focal_weights(w, source_mask) if focal else w
+        if s_mask is not None:
+            padding = dots.new_zeros(s_mask.shape).masked_fill(~s_mask, -torch.inf)[..., None, None]
+        w = torch.add(padding, b, alpha=self.lambda_softmax).softmax(-3)
+        return self.focal_weights(w, s_mask) if focal else w
 
-    def focal_weights(self, w: Tensor, source_mask: Tensor | None) -> Tensor:
+    def focal_weights(self, w: Tensor, s_mask: Tensor | None) -> Tensor:
         """Weights of the kept sources, divided by their sum; the others are 0.
 
         "prob": source s is kept where sum_s' (w_s - w_s') sqrt(w_s') > 0, which is w_s > sum_s' w^1.5 / sum_s' w^0.5.
@@ -91,7 +91,7 @@ class HybridAlignment(FineAlignment):
                 roots = w.sqrt()
                 bar = (w * roots).sum(-3, keepdim=True) / roots.sum(-3, keepdim=True)
             else:
-                bar = masked_mean(w, None if source_mask is None else source_mask[..., None, None], -3, keepdim=True)
+                bar = masked_mean(w, None if s_mask is None else s_mask[..., None, None], -3, keepdim=True)
             kept = w > torch.minimum(bar * (1 - 8 * eps), w.amax(-3, keepdim=True) * (1 - eps))
         w = w * kept
         return w / w.sum(-3, keepdim=True)
@@ -100,9 +100,9 @@ class HybridAlignment(FineAlignment):
         """Weights times the number of sources (1: as even attention would give), [*, N, M, L, R]; "both": as "t2i"."""
         focal = stream == "ksf"
         if self.direction == "i2t":  # sources are the tokens
-            w = self.weights(all_dots(tokens, regions), mask, focal=focal)  # [*, M, L, N, R]
+            w = self.weights(all_dots(tokens, regions), mask, focal)  # [*, M, L, N, R]
             w = w.movedim(-2, -4) * mask.sum(-1)[..., None, :, None, None]
         else:
-            w = self.weights(all_dots(regions, tokens), None, focal=focal)  # [*, N, R, M, L]
+            w = self.weights(all_dots(regions, tokens), None, focal)  # [*, N, R, M, L]
             w = w.movedim(-3, -1) * regions.shape[-2]
         return w.masked_fill(~mask[..., None, :, :, None], torch.nan)

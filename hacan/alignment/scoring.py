@@ -4,6 +4,7 @@ Captions are sorted by length, so that blocks hold little padding. What depends 
 CPU before the first block, so that no block waits for a GPU.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,8 +26,8 @@ LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid
 # Blocks on a CPU: their tensors stay in the cache, and their matrix products run at full speed (measured by
 # scripts/benchmarks/alignment.py). A cell is one dot product of a region with a token.
 CPU_CELLS, CPU_TOKENS = 800_000, 1024
-LIVE_TENSORS, SAVED_TENSORS = 8, 12  # of the size of the cells: alive at once, and kept for the backward pass
-ROUNDING, FEWEST_TOKENS = 4, 128  # lengths are rounded up; a bucket of so many tokens ends where lengths grow
+LIVE_TENSORS, SAVED_TENSORS = 8, 8  # of the size of a block's cells: alive at once, and kept for the backward pass
+ROUNDING, FEWEST_TOKENS = 4, 256  # lengths are rounded up; a bucket has so many tokens at least where lengths grow
 
 
 def score_all_pairs(form: "FineAlignment", images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> Tensor:
@@ -37,14 +38,12 @@ def score_all_pairs(form: "FineAlignment", images: EncodedImages, texts: Texts, 
         return images.high.new_zeros(count, len(lengths), dtype=scorer.dtype)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     buckets = length_buckets([lengths[j] for j in order], tokens=scorer.tokens_per_block)
-    chosen = [order[bucket] for bucket in buckets]
-    blocks = [scorer.block(torch.tensor(some), lengths[some[0]], lengths[some[-1]]) for some in chosen]
-    scorer.plan_backward(count * sum(block.rows.numel() for block in blocks))
+    parts = [order[bucket] for bucket in buckets]
+    blocks = [scorer.block(torch.tensor(part), lengths[part[0]], lengths[part[-1]]) for part in parts]
     columns = []
     for block in blocks:
         tokens, total = scorer.tokens(block), 0
-        for stream in streams:
-            regions = scorer.regions(stream)
+        for stream, regions in scorer.regions.items():
             share = max(1, scorer.cells_per_block // (block.rows.numel() * regions.shape[1]))
             total = total + torch.cat([scorer.score(stream, some, tokens, block) for some in regions.split(share)])
         columns.append(total)
@@ -81,13 +80,11 @@ def score_listed_pairs(
             captions = pairs[order[listed], 1].masked_fill(listed < 0, -1)
             blocks.append((rows, scorer.block(captions, 0, longest[bucket][-1])))
             places.append(listed.flatten())
-    scorer.plan_backward(sum(block.rows.numel() for _, block in blocks))
     scores = []
     for rows, block in blocks:
         tokens, total = scorer.tokens(block), 0
-        for stream in streams:
-            regions = scorer.regions(stream)[rows].unsqueeze(-3)  # N = 1
-            total = total + scorer.score(stream, regions, tokens, block)
+        for stream, regions in scorer.regions.items():
+            total = total + scorer.score(stream, regions[rows].unsqueeze(-3), tokens, block)  # N = 1
         scores.append(total.flatten())
     places = torch.cat(places)
     where = torch.empty_like(order)
@@ -100,8 +97,8 @@ def length_buckets(lengths: list[int], *, tokens: int) -> list[slice]:
     buckets, first = [], 0
     for place, length in enumerate(lengths):
         width, before = rounded(length), rounded(lengths[place - 1])
-        ends = width > before and (place - first) * before >= FEWEST_TOKENS
-        if place > first and (ends or (place - first + 1) * width > tokens):
+        least = min((place - first) * before, (len(lengths) - place) * width)  # tokens on either side of a cut here
+        if place > first and ((width > before and least >= FEWEST_TOKENS) or (place - first + 1) * width > tokens):
             buckets.append(slice(first, place))
             first = place
     return [*buckets, slice(first, len(lengths))]
@@ -142,7 +139,8 @@ class BlockScorer:
         widths = [features.shape[-1] for features in (images.high, images.mid, texts.high, texts.mid)]
         if len(set(widths)) > 1:
             raise ValueError(f"high and mid features of images and texts are {widths} wide: expected one width d")
-        self.form, self.images, self.streams, self.device = form, images, streams, images.high.device
+        self.form, self.device = form, images.high.device
+        self.regions = {stream: getattr(images, LEVELS[stream][0]) for stream in streams}
         self.dtype = torch.promote_types(images.high.dtype, torch.float32)
         self.tables = {level: getattr(texts, level) for level in {LEVELS[stream][1] for stream in streams}}
         if isinstance(texts, PackedTexts):
@@ -162,12 +160,7 @@ class BlockScorer:
         cells, tokens = budget // LIVE_TENSORS, budget // LIVE_TENSORS // images.high.shape[-1]
         self.cells_per_block = max(1, min(cells, CPU_CELLS) if on_cpu else cells)
         self.tokens_per_block = max(1, min(tokens, CPU_TOKENS) if on_cpu else tokens)
-        self.recompute, self._budget = False, budget
-
-    def plan_backward(self, tokens: int) -> None:
-        """Keep the graph of so many tokens, each beside one image, or recompute each block in the backward pass."""
-        cells = tokens * sum(self.regions(stream).shape[1] for stream in self.streams)
-        self.recompute = torch.is_grad_enabled() and cells * SAVED_TENSORS > self._budget
+        self._graph = budget // SAVED_TENSORS if torch.is_grad_enabled() else math.inf  # cells that are still kept
 
     def block(self, captions: Tensor, shortest: int, longest: int) -> Block:
         """The block of captions [*, m] (int64, on the CPU) of these lengths; -1: no caption, its score is not read."""
@@ -192,12 +185,11 @@ class BlockScorer:
             found[level] = tokens.to(device=self.device, dtype=self.dtype).unflatten(0, block.rows.shape)
         return found
 
-    def regions(self, stream: str) -> Tensor:
-        """Regions [N, R, d] of the level that a stream reads."""
-        return getattr(self.images, LEVELS[stream][0])
-
     def score(self, stream: str, regions: Tensor, tokens: dict[str, Tensor], block: Block) -> Tensor:
-        """The stream's equation of regions [*, n, R, d] and a block's captions, [*, n, m]."""
+        """The stream's equation of regions [*, n, R, d] and a block's captions, [*, n, m].
+
+        Once the graphs kept so far fill the budget, a block is computed again in the backward pass.
+        """
         form = self.form.key_semantic_filter if stream == "ksf" else self.form.local_relationship_guidance
 
         def equation(regions: Tensor, tokens: Tensor) -> Tensor:
@@ -205,4 +197,5 @@ class BlockScorer:
                 return form(regions.to(self.dtype), tokens, block.mask)
 
         arguments = regions, tokens[LEVELS[stream][1]]
-        return checkpoint(equation, *arguments, use_reentrant=False) if self.recompute else equation(*arguments)
+        self._graph -= regions[..., 0].numel() * block.rows.numel() // (len(regions) if regions.ndim > 3 else 1)
+        return equation(*arguments) if self._graph >= 0 else checkpoint(equation, *arguments, use_reentrant=False)
