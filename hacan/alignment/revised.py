@@ -68,8 +68,8 @@ def words_only(mask: Tensor) -> Tensor:
 
 def cosines(sources: Tensor, queries: Tensor) -> Tensor:
     """c(q, s) of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q]."""
-    by_source, by_query = inverse_norm(sources), inverse_norm(queries)
-    return all_dots(sources, queries) * by_source[..., None, None] * by_query[..., None, None, :, :]
+    unit = sources * inverse_norm(sources)[..., None]
+    return all_dots(unit, queries) * inverse_norm(queries)[..., None, None, :, :]
 
 
 def filtered_cosines(sources: Tensor, queries: Tensor, source_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
@@ -88,5 +88,5 @@ def filtered_cosines(sources: Tensor, queries: Tensor, source_mask: Tensor | Non
         sign = delta.sign() * (delta.abs() > 1e-8)
         rounding = 32 * torch.finfo(sources.dtype).eps * torch.linalg.vector_norm(sources, dim=-1)
         has_direction = torch.linalg.vector_norm(rest, dim=-1) > rounding
-    scale = (inverse_norm(rest) * has_direction)[..., None, None]
-    return all_dots(rest, queries) * sign * scale * inverse_norm(queries)[..., None, None, :, :]
+    unit = rest * (inverse_norm(rest) * has_direction)[..., None]
+    return all_dots(unit, queries) * (sign * inverse_norm(queries)[..., None, None, :, :])
