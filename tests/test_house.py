@@ -104,3 +104,11 @@ def test_no_pinned_device():
 
 def test_run_is_short():
     assert len((ROOT / "run.py").read_text().splitlines()) < 100
+
+
+def test_the_alignment_stays_small_and_scoring_knows_no_form():
+    folder = ROOT / "hacan" / "alignment"
+    assert sum(len(path.read_text().splitlines()) for path in folder.iterdir() if path.is_file()) <= 550
+    imported = set(imports(folder / "scoring.py"))
+    assert not {"hacan.alignment.hybrid", "hacan.alignment.revised"} & imported
+    assert {path.suffix for path in folder.iterdir() if path.is_file()} == {".py"}
