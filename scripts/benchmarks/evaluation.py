@@ -29,7 +29,7 @@ from full_size import HIGH, MID, full_size_settings
 from datamodules.datamodule import PairDataModule
 from datamodules.records import CaptionedImage
 from datamodules.tokens import load_tokenizer
-from hacan.alignment import build_alignment
+from hacan.alignment import FORMS, build_alignment
 from hacan.build import build_model
 from hacan.retrieval.features import encode_gallery
 from hacan.retrieval.hierarchical import FINE_IMAGES, HierarchicalRetriever, coarse_ranks, listed_pairs
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--share", type=float, default=0.01, help="of the images whose listed pairs are scored")
-    parser.add_argument("--alignment", choices=["hybrid", "revised"], default="hybrid")
+    parser.add_argument("--alignment", choices=list(FORMS), default="hybrid")
     parser.add_argument("--direction", choices=["i2t", "t2i", "both"], default="i2t")
     parser.add_argument("--score-memory", type=int, default=256, help="MiB")
     parser.add_argument("--feature-memory", type=int, default=8192, help="MiB; less than the features: mapped files")
