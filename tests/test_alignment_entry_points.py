@@ -292,5 +292,25 @@ def test_forms_are_built_from_the_registry(monkeypatch):
     built = build_alignment("unlike", values | {"width": 3}, score_memory=7)
     assert (type(built), built.name, built.hyperparameters) == (Unlike, "unlike", {"width": 3, "direction": "t2i"})
     assert built.score_memory == 7
-    with pytest.raises(ValueError, match="registered by"):
+    with pytest.raises(ValueError, match="is registered as 'unlike': choose another name"):
         register("unlike")(HybridAlignment)
+
+    @register("forgetful")
+    class Forgetful(RevisedAlignment):
+        def __init__(self, width=3, **rest):
+            super().__init__(**rest)
+
+    with pytest.raises(UserError, match=r"Forgetful does not keep its argument width as self\.width"):
+        build_alignment("forgetful", values)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda scores: scores[:1], lambda scores: scores.mT, lambda scores: scores[..., None]]
+)
+def test_an_equation_that_gives_another_shape_is_named(change):
+    class Wrong(RevisedAlignment):
+        def local_relationship_guidance(self, regions, tokens, mask):
+            return change(super().local_relationship_guidance(regions, tokens, mask))
+
+    with pytest.raises(ValueError, match=r"Wrong.local_relationship_guidance gave .* expected \[\*, N, M\] \[3, "):
+        Wrong(direction="i2t")(*features(62))

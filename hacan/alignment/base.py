@@ -1,7 +1,4 @@
-"""The contract of a fine alignment, and the registry of forms.
-
-A form states two equations on dense tensors. Galleries, memory and listed pairs are the business of `scoring.py`.
-"""
+"""The contract of a fine alignment, two equations on dense tensors, and the registry of forms."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -40,11 +37,11 @@ class FineAlignment(nn.Module):
 
     def key_semantic_filter(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """KSF of V_h and T_h: [*, N, R, d], [*, M, L, d], [*, M, L] -> [*, N, M]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no key_semantic_filter")
 
     def local_relationship_guidance(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """LRG of V_h and T_m, and of V_m and T_h: [*, N, R, d], [*, M, L, d], [*, M, L] -> [*, N, M]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no local_relationship_guidance")
 
     def attention(self, regions: Tensor, tokens: Tensor, mask: Tensor, stream: str) -> Tensor:
         """Optional, for heatmaps: what `stream` looks at, [*, N, M, L, R]; NaN for tokens that take no part."""
@@ -75,8 +72,9 @@ def register(name: str) -> Callable[[type[FineAlignment]], type[FineAlignment]]:
     """Class decorator: make a form available as `alignment=NAME`."""
 
     def add(form: type[FineAlignment]) -> type[FineAlignment]:
-        if name in FORMS and FORMS[name].__qualname__ != form.__qualname__:
-            raise ValueError(f"alignment {name!r} is registered by {FORMS[name].__qualname__} already; choose a name")
+        known = FORMS.get(name, form)
+        if (known.__module__, known.__qualname__) != (form.__module__, form.__qualname__):
+            raise ValueError(f"{known.__module__}.{known.__qualname__} is registered as {name!r}: choose another name")
         form.name, FORMS[name] = name, form
         return form
 
@@ -98,7 +96,8 @@ def hyperparameters_of(form: type[FineAlignment]) -> dict[str, Any]:
         found = dict(parameters) | found
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             break  # else the rest goes to the parent's constructor
-    return {k: v.default for k, v in found.items() if v.kind == v.KEYWORD_ONLY and k != "score_memory"}
+    named = {k: v for k, v in found.items() if v.kind not in (v.VAR_POSITIONAL, v.VAR_KEYWORD)}
+    return {k: v.default for k, v in named.items() if k != "score_memory"}
 
 
 def build_alignment(name: str, values: Mapping[str, Any], *, score_memory: float = 256) -> FineAlignment:
@@ -107,7 +106,11 @@ def build_alignment(name: str, values: Mapping[str, Any], *, score_memory: float
     for key, default in hyperparameters_of(form).items():
         if key not in values and default is inspect.Parameter.empty:
             raise UserError(f"alignment={name} needs the config key {key}: add it to config.py and settings.py")
-    return form(**{key: values[key] for key in hyperparameters_of(form) if key in values}, score_memory=score_memory)
+    built = form(**{key: values[key] for key in hyperparameters_of(form) if key in values})
+    built.score_memory = score_memory
+    if lost := [key for key in hyperparameters_of(form) if not hasattr(built, key)]:
+        raise UserError(f"alignment={name}: {form.__name__} does not keep its argument {lost[0]} as self.{lost[0]}")
+    return built
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, dim: int, *, keepdim: bool = False) -> Tensor:

@@ -7,17 +7,14 @@ CPU before the first block, so that no block waits for a GPU.
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
-
-if TYPE_CHECKING:
-    from hacan.alignment.base import FineAlignment
 
 Texts = EncodedTexts | PackedTexts
 STREAMS = ("ksf", "lrg_high", "lrg_mid")
@@ -30,7 +27,7 @@ LIVE_TENSORS, SAVED_TENSORS = 8, 8  # of the size of a block's cells: alive at o
 ROUNDING, FEWEST_TOKENS = 4, 256  # lengths are rounded up; a bucket has so many tokens at least where lengths grow
 
 
-def score_all_pairs(form: "FineAlignment", images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> Tensor:
+def score_all_pairs(form: nn.Module, images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> Tensor:
     """Scores [N, M] of all pairs, the sum of `streams`."""
     scorer = BlockScorer(form, images, texts, streams)
     count, lengths = len(images.high), scorer.lengths
@@ -52,7 +49,7 @@ def score_all_pairs(form: "FineAlignment", images: EncodedImages, texts: Texts, 
 
 
 def score_listed_pairs(
-    form: "FineAlignment", images: EncodedImages, texts: Texts, pairs: Tensor, streams: tuple[str, ...]
+    form: nn.Module, images: EncodedImages, texts: Texts, pairs: Tensor, streams: tuple[str, ...]
 ) -> Tensor:
     """Scores [P] of listed pairs [P, 2] (image, text), the sum of `streams`.
 
@@ -110,7 +107,7 @@ def rounded(length: int) -> int:
 
 
 def groups_of_images(images: Tensor, lengths: Tensor, *, tokens: int) -> Iterator[Tensor]:
-    """Groups of images whose lists share blocks: places [G, m] of their pairs, right-aligned, -1 before a list.
+    """Places [G, m] of the pairs of images that share blocks, right-aligned, -1 before a list.
 
     `images` [P] and `lengths` [P] of pairs sorted by both; `tokens`: of a group at most, unless it is a single image.
     """
@@ -127,21 +124,21 @@ class Block(NamedTuple):
 
     rows: Tensor  # [*, m, L] int64: their rows of the token tables
     padding: Tensor | None  # [P] int64: places of `rows`, flat, that are beyond a caption's end
-    mask: Tensor  # [*, m, L] bool: the real tokens; one, a zero, of a caption without any
+    mask: Tensor  # [*, m, L] bool: the real tokens; of a caption without any its first one, a zero
 
 
 class BlockScorer:
     """What one call knows: features, block sizes, and how a block is scored."""
 
-    def __init__(self, form: "FineAlignment", images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> None:
-        if not streams or any(stream not in STREAMS for stream in streams):
+    def __init__(self, form: nn.Module, images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> None:
+        if not streams or len(set(streams) & set(STREAMS)) < len(streams):
             raise ValueError(f"streams={streams!r}: expected some of {', '.join(STREAMS)}")
         widths = [features.shape[-1] for features in (images.high, images.mid, texts.high, texts.mid)]
         if len(set(widths)) > 1:
             raise ValueError(f"high and mid features of images and texts are {widths} wide: expected one width d")
         self.form, self.device = form, images.high.device
         self.regions = {stream: getattr(images, LEVELS[stream][0]) for stream in streams}
-        self.dtype = torch.promote_types(images.high.dtype, torch.float32)
+        self.dtype = torch.promote_types(torch.promote_types(images.high.dtype, texts.high.dtype), torch.float32)
         self.tables = {level: getattr(texts, level) for level in {LEVELS[stream][1] for stream in streams}}
         if isinstance(texts, PackedTexts):
             self.real, bounds = None, texts.offsets.tolist()
@@ -160,7 +157,7 @@ class BlockScorer:
         cells, tokens = budget // LIVE_TENSORS, budget // LIVE_TENSORS // images.high.shape[-1]
         self.cells_per_block = max(1, min(cells, CPU_CELLS) if on_cpu else cells)
         self.tokens_per_block = max(1, min(tokens, CPU_TOKENS) if on_cpu else tokens)
-        self._graph = budget // SAVED_TENSORS if torch.is_grad_enabled() else math.inf  # cells that are still kept
+        self._graph = budget // SAVED_TENSORS if torch.is_grad_enabled() else math.inf  # cells that may still be kept
 
     def block(self, captions: Tensor, shortest: int, longest: int) -> Block:
         """The block of captions [*, m] (int64, on the CPU) of these lengths; -1: no caption, its score is not read."""
@@ -186,15 +183,16 @@ class BlockScorer:
         return found
 
     def score(self, stream: str, regions: Tensor, tokens: dict[str, Tensor], block: Block) -> Tensor:
-        """The stream's equation of regions [*, n, R, d] and a block's captions, [*, n, m].
-
-        Once the graphs kept so far fill the budget, a block is computed again in the backward pass.
-        """
+        """Scores [*, n, m] by a stream's equation; recomputed in the backward pass once kept graphs fill the budget."""
         form = self.form.key_semantic_filter if stream == "ksf" else self.form.local_relationship_guidance
 
         def equation(regions: Tensor, tokens: Tensor) -> Tensor:
             with torch.autocast(self.device.type, enabled=False):
-                return form(regions.to(self.dtype), tokens, block.mask)
+                scores = form(regions.to(self.dtype), tokens, block.mask)
+            expected = (*regions.shape[:-2], block.mask.shape[-2])
+            if scores.shape != expected:
+                raise ValueError(f"{form.__qualname__} gave {list(scores.shape)}, expected [*, N, M] {list(expected)}")
+            return scores.to(self.dtype)
 
         arguments = regions, tokens[LEVELS[stream][1]]
         self._graph -= regions[..., 0].numel() * block.rows.numel() // (len(regions) if regions.ndim > 3 else 1)
