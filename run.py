@@ -73,8 +73,8 @@ def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
 
         from datamodules.tokens import load_tokenizer  # torch and its kin are imported only now
         from hacan import pipeline
-        from hacan.checkpoints import open_checkpoint
-        from hacan.opening import open_models
+        from hacan.checkpoints.checkpoint import open_checkpoint
+        from hacan.checkpoints.opening import open_models
 
         models, tokenizer, settings = open_models(settings, load_tokenizer)
         data = build_data(settings, tokenizer)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hacan.pixels import normalise
+from hacan.images.preprocessing import normalise
 from hacan.types import PairBatch
 
 

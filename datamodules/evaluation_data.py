@@ -14,8 +14,8 @@ from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
 from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
-from hacan.pictures import read_picture
-from hacan.pixels import normalise
+from hacan.images.io import read_picture
+from hacan.images.preprocessing import normalise
 
 
 @dataclass(frozen=True)

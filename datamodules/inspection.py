@@ -17,7 +17,7 @@ from datamodules.readers import read_records
 from datamodules.records import SPLITS, CaptionedImage
 from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
 from hacan.errors import UserError
-from hacan.pictures import read_picture
+from hacan.images.io import read_picture
 
 SCENES = Layout(folders=("scenes",), picture_folders=("",), json_name=SCENES_JSON)  # as they lie, never drawn here
 LOOKED_FOR = {

@@ -15,7 +15,7 @@ from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
 from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
-from hacan.pictures import read_picture
+from hacan.images.io import read_picture
 from hacan.types import PairBatch
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from datamodules.framing import Framing
-from hacan.pixels import as_tensor, evaluation_square
+from hacan.images.preprocessing import as_tensor, evaluation_square
 
 Transform = Callable[[np.ndarray], Tensor]
 

@@ -16,24 +16,30 @@ import torch.distributed as dist
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from transformers import PreTrainedTokenizerBase
 
-from hacan.callbacks import BEST, LAST, KeepCheckpoints
-from hacan.checkpoints import read_checkpoint
-from hacan.description import DESCRIPTION, describe_model
+from hacan.checkpoints.checkpoint import read_checkpoint
+from hacan.checkpoints.description import DESCRIPTION, describe_model
+from hacan.checkpoints.opening import FOLLOWED
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.model import HACAN
-from hacan.opening import FOLLOWED
-from hacan.pixels import is_centre_cropped
-from hacan.pretrained import Pretrained
+from hacan.images.preprocessing import is_centre_cropped
+from hacan.models.hacan import HACAN
 from hacan.report.page import write_report
-from hacan.resuming import check_resumed, resumed_checkpoint
+from hacan.retrieval.eccv_cxc import check_judged, coco_ids, find_annotations
+from hacan.retrieval.ensemble import Member, member_of
 from hacan.retrieval.evaluate import Evaluation, Processes, Protocol, Split, evaluate
-from hacan.retrieval.extended import check_judged, coco_ids, find_annotations
 from hacan.retrieval.features import hash_of_files
 from hacan.retrieval.identity import form_of, settings_of
-from hacan.retrieval.members import Member, member_of
 from hacan.retrieval.table import format_table
 from hacan.settings import Settings
-from hacan.trainer import build_trainer, build_training, launch_processes, only_deterministic_kernels, precision_here
+from hacan.training.callbacks import BEST, LAST, KeepCheckpoints
+from hacan.training.resume import check_resumed, resumed_checkpoint
+from hacan.training.trainer import (
+    build_trainer,
+    build_training,
+    launch_processes,
+    only_deterministic_kernels,
+    precision_here,
+)
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = gather_test_pictures(options.data, home / "pictures")
 
         from hacan.search import Index
-        from hacan.search.sheet import table, write_sheet
+        from hacan.search.results_page import table, write_sheet
 
         with Index.create(home / "index", model=checkpoint) as index:
             index.update(home / "pictures")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.pretrained import Pretrained
 from hacan.report.heatmaps import ALPHA, STREAM_NAMES, explain, save_figure
 
 

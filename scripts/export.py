@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hacan.checkpoints.export import export
 from hacan.errors import UserError
-from hacan.export import export
 
 
 def main(arguments: list[str] | None = None) -> int:

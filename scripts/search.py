@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         from hacan.search import Index
-        from hacan.search.sheet import table, write_sheet
+        from hacan.search.results_page import table, write_sheet
 
         sheet = options.html or (Path("search.html") if options.explain else None)
         with Index.open(options.index, model=options.model, device=options.device) as index:

@@ -9,7 +9,7 @@ import torch
 from transformers import BertTokenizerFast
 
 from config import ex
-from hacan.build import build_model
+from hacan.models.factory import build_model
 from hacan.settings import Settings
 
 IMAGE_SIZE = 64

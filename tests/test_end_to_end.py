@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from test_checkpoints import Release
+from tiny_release import Release
 from tiny_run import TINY_DEMO, run_py
 
-from hacan.callbacks import BEST, LAST
+from hacan.training.callbacks import BEST, LAST
 
 
 def figures(folder):

@@ -6,13 +6,12 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_bad_days import settings_of
-from tiny_run import TINY_DEMO
+from tiny_run import TINY_DEMO, settings_of
 
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
-from hacan.opening import open_models
-from hacan.retrieval.hierarchical import rank_shortlists
+from hacan.checkpoints.opening import open_models
+from hacan.retrieval.ranking import rank_shortlists
 from run import build_data
 
 

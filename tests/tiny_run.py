@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from config import ex
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
-from hacan.opening import open_models
+from hacan.checkpoints.opening import open_models
+from hacan.settings import Settings
 from run import build_data
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,13 @@ TINY_DEMO = {
     "all_negatives_epochs": 1,
     "bootstrap": 20,
 }
+
+
+def settings_of(folder, **updates):
+    """The tiny demo's settings, its files in `folder`, one epoch."""
+    defaults = dict(ex._create_run("print_config", named_configs=["demo_config"]).config.items())
+    places = {"data_root": str(folder), "log_dir": str(folder / "log"), "save_path": str(folder / "checkpoints")}
+    return Settings.from_flat({**defaults, **TINY_DEMO, **places, "max_epoch": 1, "warmup_epochs": 0, **updates})
 
 
 def command_of(*words, named="demo_config", script="run.py", launcher=(sys.executable,), **updates):

@@ -15,10 +15,10 @@ from matplotlib import colormaps
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.pictures import read_picture
-from hacan.pixels import MEAN, STD, evaluation_pixels
-from hacan.pretrained import Pretrained
+from hacan.images.io import read_picture
+from hacan.images.preprocessing import MEAN, STD, evaluation_pixels
 from hacan.report.attention import pair_attention
 
 if TYPE_CHECKING:

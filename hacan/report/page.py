@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hacan.pretrained import Pretrained
-from hacan.report.cards import QueryCards
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.report.gallery import build_gallery
+from hacan.report.query_cards import QueryCards
 from hacan.report.tables import (
     audit_tables,
     curve_charts,
@@ -26,7 +26,7 @@ from hacan.report.tables import (
 from hacan.report.training_log import find_training_log, training_charts
 from hacan.report.viewer import Pair, pairs_to_explain, viewer_data
 from hacan.retrieval.evaluate import Evaluation
-from hacan.retrieval.receipt import name_of_alignment
+from hacan.retrieval.provenance import name_of_alignment
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

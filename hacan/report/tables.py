@@ -8,8 +8,8 @@ from typing import Any
 
 from hacan.report.charts import Line, line_chart
 from hacan.retrieval.curve import COLUMNS, Curve
+from hacan.retrieval.eccv_cxc import TITLES
 from hacan.retrieval.evaluate import Evaluation
-from hacan.retrieval.extended import TITLES
 from hacan.retrieval.metrics import RECALLS
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}

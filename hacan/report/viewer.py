@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib import colormaps
 from tqdm import tqdm
 
-from hacan.pretrained import Pretrained
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.report.gallery import Query
 from hacan.report.heatmaps import ALPHA, COLORMAP, FAINT, STREAM_NAMES, Explanation, explain
-from hacan.report.pictures import data_uri
+from hacan.report.thumbnails import data_uri
 
 Pair = tuple[int, int]  # image, text
 SEEN_QUALITY = 92  # of pictures that are shown enlarged

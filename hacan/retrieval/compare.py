@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hacan.errors import UserError
-from hacan.retrieval.bootstrap import NAMES, paired_test
-from hacan.retrieval.receipt import DATA_FIELDS, RULE_FIELDS, SYSTEM_FIELDS, check_comparable
+from hacan.retrieval.provenance import DATA_FIELDS, RULE_FIELDS, SYSTEM_FIELDS, check_comparable
+from hacan.retrieval.significance import NAMES, paired_test
 
 STAGES = ("hierarchical", "coarse")
 TITLES = dict(zip(NAMES, ("i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10", "Rsum"), strict=True))

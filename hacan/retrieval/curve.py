@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hacan.retrieval.hierarchical import COARSE_IMAGES, FINE_IMAGES, HierarchicalRetriever, best_places, listed_pairs
 from hacan.retrieval.metrics import RECALLS, check_scores
-from hacan.retrieval.receipt import StageMeter
+from hacan.retrieval.provenance import StageMeter
+from hacan.retrieval.ranking import COARSE_IMAGES, FINE_IMAGES, HierarchicalRetriever, best_places, listed_pairs
 from hacan.retrieval.store import SpooledScores
 
 ENTRIES = 2**22  # scores ranked at a time

@@ -13,26 +13,20 @@ from torch import Tensor
 
 from hacan.retrieval.banks import prune_banks
 from hacan.retrieval.curve import mean_curve, trade_off
-from hacan.retrieval.extended import extended_metrics
+from hacan.retrieval.eccv_cxc import extended_metrics
+from hacan.retrieval.ensemble import EnsembleScores, Member, MemberScores
 from hacan.retrieval.features import encode_gallery, select_images
-from hacan.retrieval.hierarchical import HierarchicalRetriever, coarse_ranks, listed_pairs, merge_shards
-from hacan.retrieval.members import EnsembleScores, Member, MemberScores
-from hacan.retrieval.receipt import StageMeter, versions
-from hacan.retrieval.result import Evaluation, Protocol, Split, folds_of, summarise
+from hacan.retrieval.provenance import StageMeter, versions
+from hacan.retrieval.ranking import HierarchicalRetriever, coarse_ranks, listed_pairs, merge_shards
+from hacan.retrieval.results import Evaluation, Protocol, Split, folds_of, summarise
 from hacan.retrieval.store import SpooledScores
 from hacan.types import Gallery, RetrievalResult
 
 __all__ = ["Evaluation", "Processes", "Protocol", "Split", "evaluate"]
 
 PACKAGE = Path(__file__).parents[1]
-FEATURE_SOURCES = (  # beside the encoders: how pictures are read and framed, and what becomes of the encoders' output
-    "pictures.py",
-    "pixels.py",
-    "aggregator.py",
-    "model.py",
-    "retrieval/features.py",
-    "retrieval/store.py",
-)
+# Code that influences features: everything between an image file and the encoders' output.
+FEATURE_CODE = ("models", "images", "types.py", "retrieval/features.py", "retrieval/store.py")
 
 
 class Processes(NamedTuple):
@@ -188,8 +182,10 @@ def rank_gallery(
 
 
 def code_hash(package: Path = PACKAGE) -> str:
-    """Hash of the sources that make features of pictures and tokens: a kept bank of older code is not believed."""
+    """Hash of the code that influences features; features cached by other code are not reused."""
     digest = hashlib.blake2b()
-    for source in [*sorted((package / "encoders").glob("*.py")), *(package / name for name in FEATURE_SOURCES)]:
-        digest.update(source.read_bytes())
+    for name in FEATURE_CODE:
+        path = package / name
+        for source in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            digest.update(source.read_bytes())
     return digest.hexdigest()[:32]

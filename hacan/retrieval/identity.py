@@ -5,7 +5,7 @@ Two models of equal weights may still differ: in the levels that they read, in a
 
 from typing import Any
 
-from hacan.model import HACAN
+from hacan.models.hacan import HACAN
 from hacan.retrieval.features import content_hash
 
 

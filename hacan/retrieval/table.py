@@ -2,10 +2,10 @@
 
 import math
 
+from hacan.retrieval.eccv_cxc import TITLES
 from hacan.retrieval.evaluate import Evaluation
-from hacan.retrieval.extended import TITLES
 from hacan.retrieval.metrics import RECALLS
-from hacan.retrieval.receipt import name_of_alignment
+from hacan.retrieval.provenance import name_of_alignment
 from hacan.types import RetrievalMetrics
 
 DIRECTIONS = ("i2t", "t2i")

@@ -1,6 +1,6 @@
 """An index over a user's own pictures: `Index.open(path).search("two dogs run on grass")`."""
 
-from hacan.search.following import Update
 from hacan.search.index import Index, Result
+from hacan.search.sync import Update
 
 __all__ = ["Index", "Result", "Update"]

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from hacan.alignment import pack_texts
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.pretrained import Pretrained
 from hacan.retrieval.features import hash_of_tensors
 from hacan.retrieval.store import write_atomically
-from hacan.search.following import Update, follow_folder, follow_texts
-from hacan.search.rows import RowFile
-from hacan.search.shelf import Shelf
+from hacan.search.collection import Shelf
+from hacan.search.feature_file import RowFile
 from hacan.search.store import Hit, Item, VectorStore
+from hacan.search.sync import Update, follow_folder, follow_texts
 from hacan.types import EncodedImages, EncodedTexts
 
 FORMAT = 1

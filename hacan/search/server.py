@@ -16,12 +16,12 @@ from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hacan.errors import UserError
-from hacan.pictures import read_picture
+from hacan.images.io import read_picture
 from hacan.report.heatmaps import STREAM_NAMES, overlay
-from hacan.report.pictures import data_uri, jpeg, shrunk
+from hacan.report.thumbnails import data_uri, jpeg, shrunk
 from hacan.search.index import PICTURES, TEXTS, Index, Result
 from hacan.search.upload import picture_of_upload
-from hacan.search.words import explain_features
+from hacan.search.word_heatmaps import explain_features
 
 MOST_BYTES = 20 * 2**20  # of an upload
 MOST_PIXELS = 50_000_000

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hacan.errors import UserError
-from hacan.pictures import decode_picture
+from hacan.images.io import decode_picture
 
 
 def picture_of_upload(content: bytes, *, most_pixels: int) -> np.ndarray:

@@ -29,8 +29,8 @@ import references
 from full_size import HIGH, MID, WIDTH, full_size_settings
 
 from hacan.alignment import build_alignment
-from hacan.build import build_model
 from hacan.losses import global_loss, hard_negatives, triplet_ranking_loss
+from hacan.models.factory import build_model
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 LAMBDA, FOCAL = 9.0, "prob"

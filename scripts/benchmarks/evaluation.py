@@ -30,11 +30,11 @@ from datamodules.datamodule import PairDataModule
 from datamodules.records import CaptionedImage
 from datamodules.tokens import load_tokenizer
 from hacan.alignment import FORMS, build_alignment
-from hacan.build import build_model
+from hacan.models.factory import build_model
+from hacan.retrieval.ensemble import Member, MemberScores
 from hacan.retrieval.features import encode_gallery
-from hacan.retrieval.hierarchical import FINE_IMAGES, HierarchicalRetriever, coarse_ranks, listed_pairs
-from hacan.retrieval.members import Member, MemberScores
-from hacan.retrieval.receipt import StageMeter
+from hacan.retrieval.provenance import StageMeter
+from hacan.retrieval.ranking import FINE_IMAGES, HierarchicalRetriever, coarse_ranks, listed_pairs
 from hacan.retrieval.store import SpooledScores
 from hacan.types import EncodedImages, EncodedTexts, Gallery
 

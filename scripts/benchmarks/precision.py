@@ -20,10 +20,10 @@ from tqdm import tqdm
 from datamodules.readers import read_records
 from datamodules.records import CaptionedImage, of_split
 from hacan.alignment import pack_texts
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.pretrained import Pretrained
-from hacan.retrieval.hierarchical import rank_shortlists
 from hacan.retrieval.metrics import retrieval_metrics
+from hacan.retrieval.ranking import rank_shortlists
 from hacan.types import EncodedImages, Gallery, PackedTexts
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

@@ -25,8 +25,8 @@ from synthetic_vectors import Embeddings
 from tqdm import tqdm
 from transformers import BertTokenizerFast
 
-from hacan.build import build_model
-from hacan.pretrained import Pretrained
+from hacan.checkpoints.pretrained import Pretrained
+from hacan.models.factory import build_model
 from hacan.search import Index
 from hacan.search.index import PICTURES, SHORTLIST
 from hacan.search.store import VectorStore

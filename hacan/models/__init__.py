@@ -1,0 +1,1 @@
+"""The network: two encoders, projections, aggregators (METHOD section 1)."""

@@ -1,0 +1,132 @@
+"""An index follows a folder of pictures, or a list of texts: what is new is encoded, what has left goes.
+
+An item is a content: a file that moves keeps its features, a copy is a second path of one item.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from hacan.checkpoints.pretrained import Pretrained
+from hacan.errors import UserError
+from hacan.images.io import read_picture
+from hacan.search.collection import Shelf, free_rows
+from hacan.search.folder import hash_of_file, hash_of_text, pictures_below
+from hacan.search.store import Item
+
+
+class Update(NamedTuple):
+    """What an update did, in items."""
+
+    added: int
+    kept: int
+    moved: int  # kept, under other paths
+    removed: int
+    bad: list[tuple[str, str]]  # path, reason
+
+
+def follow_folder(
+    shelf: Shelf, pretrained: Pretrained, folder: str | Path, *, batch_size: int, progress: bool
+) -> Update:
+    """Make the shelf hold exactly the pictures below `folder`, beside those of other folders."""
+    folder = Path(folder).resolve()
+    bad: list[tuple[str, str]] = []
+    present: dict[str, list[str]] = {}
+    for path in tqdm(pictures_below(folder), desc="reading", unit="file", delay=1, disable=not progress):
+        try:
+            present.setdefault(hash_of_file(path), []).append(str(path))
+        except OSError as error:
+            bad.append((str(path), error.strerror or str(error)))
+    items = shelf.items()
+    moved, gone = _settle_known(shelf, items, folder, present)
+    known = {item.payload["hash"] for item in items}
+    fresh = [(content, found) for content, found in present.items() if content not in known]
+    rows = free_rows({item.row for item in items} - set(gone))
+    added = 0
+    bar = tqdm(total=len(fresh), desc="encoding", unit="picture", disable=not progress or not fresh)
+    for start in range(0, len(fresh), batch_size):
+        part = fresh[start : start + batch_size]
+        added += _add_pictures(shelf, pretrained, part, rows, bad)
+        bar.update(len(part))
+    bar.close()
+    return Update(added, len(items) - len(gone), moved, len(gone), bad)
+
+
+def follow_texts(
+    shelf: Shelf, pretrained: Pretrained, texts: Sequence[str], *, batch_size: int, progress: bool
+) -> Update:
+    """Make the shelf hold exactly these texts."""
+    items = shelf.items()
+    wanted = {hash_of_text(text): text for text in texts}
+    gone = [item.row for item in items if item.payload["hash"] not in wanted]
+    shelf.remove(gone)
+    known = {item.payload["hash"] for item in items}
+    fresh = [(content, text) for content, text in wanted.items() if content not in known]
+    rows = free_rows({item.row for item in items} - set(gone))
+    bar = tqdm(total=len(fresh), desc="encoding texts", unit="text", disable=not progress or not fresh)
+    for start in range(0, len(fresh), batch_size):
+        part = fresh[start : start + batch_size]
+        _add_texts(shelf, pretrained, part, list(islice(rows, len(part))))
+        bar.update(len(part))
+    bar.close()
+    return Update(len(fresh), len(items) - len(gone), 0, len(gone), [])
+
+
+def _settle_known(
+    shelf: Shelf, items: list[Item], folder: Path, present: dict[str, list[str]]
+) -> tuple[int, list[int]]:
+    """Take out contents that have left and note moved ones; the number moved, and the rows that became free."""
+    moved, gone = 0, []
+    for item in items:
+        here = present.get(item.payload["hash"], [])
+        elsewhere = [path for path in item.payload["paths"] if not Path(path).is_relative_to(folder)]
+        if here:  # found again below this folder: it has left where no file is now
+            elsewhere = [path for path in elsewhere if Path(path).is_file()]
+        paths = sorted({*here, *elsewhere})
+        if not paths:
+            gone.append(item.row)
+        elif paths != item.payload["paths"]:
+            shelf.describe(item.row, {**item.payload, "paths": paths})
+            moved += 1
+    shelf.remove(gone)
+    return moved, gone
+
+
+def _add_pictures(
+    shelf: Shelf,
+    pretrained: Pretrained,
+    part: list[tuple[str, list[str]]],
+    rows: Iterator[int],
+    bad: list[tuple[str, str]],
+) -> int:
+    pictures, payloads = [], []
+    for content, paths in part:
+        try:
+            pictures.append(read_picture(paths[0]))
+            payloads.append({"hash": content, "paths": sorted(paths)})
+        except UserError as error:
+            bad += [(path, str(error)) for path in paths]
+    if not pictures:
+        return 0
+    encoded = pretrained.encode_images(pictures)
+    high, mid, pooled = (values.float().cpu().numpy() for values in (encoded.high, encoded.mid, encoded.pooled))
+    shelf.put(list(islice(rows, len(pictures))), high=high, mid=mid, pooled=pooled, payloads=payloads)
+    return len(pictures)
+
+
+def _add_texts(shelf: Shelf, pretrained: Pretrained, part: list[tuple[str, str]], rows: list[int]) -> None:
+    encoded = pretrained.encode_texts([text for _, text in part])
+    lengths = encoded.mask.sum(1).tolist()
+    padded = []
+    for file, values in ((shelf.high, encoded.high), (shelf.mid, encoded.mid)):
+        padded.append(np.zeros((len(part), *file.shape), np.float32))
+        for k, length in enumerate(lengths):  # real tokens first, wherever the tokenizer puts padding
+            padded[-1][k, :length] = values[k][encoded.mask[k]].float().cpu().numpy()
+    payloads = [
+        {"hash": content, "text": text, "tokens": length} for (content, text), length in zip(part, lengths, strict=True)
+    ]
+    shelf.put(rows, high=padded[0], mid=padded[1], pooled=encoded.pooled.float().cpu().numpy(), payloads=payloads)

@@ -1,0 +1,1 @@
+"""Training: the LightningModule, its callbacks, distributed negatives, resuming (METHOD section 5)."""

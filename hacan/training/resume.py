@@ -1,0 +1,54 @@
+"""Going on with an interrupted run: which checkpoint is meant, and whether it is the same run."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hacan.errors import UserError
+from hacan.settings import ModelSettings, Settings
+from hacan.training.callbacks import LAST
+
+log = logging.getLogger(__name__)
+
+# Settings that an interrupted run may change on its way, and those that say where in an epoch a batch lies.
+MAY_CHANGE = ("exp_name", "log_dir", "save_path", "checkpoint", "trust_checkpoint", "resume_from", "test_only")
+MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
+MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "feature_disk", "bootstrap", "curve")
+MAY_CHANGE += ("judged_matches",)
+BATCHES = ("datasets", "use_restval", "batch_size", "per_gpu_batchsize", "num_gpus", "num_nodes", "image_size")
+
+
+def check_resumed(settings: Settings, kept: Mapping[str, Any], *, source: Path) -> None:
+    """Refuse to go on with another model or other batches; warn of what else is not as in the interrupted run."""
+    now = json.loads(json.dumps(settings.to_flat()))
+    changed = {key: value for key, value in kept.items() if now.get(key) != value and key not in MAY_CHANGE}
+    model = {field.name for field in dataclasses.fields(ModelSettings)} - {"image_weights", "text_weights"}
+    for key in changed:
+        if key in model or key in BATCHES:
+            raise UserError(
+                f"{key}={now.get(key)!r}, but {source} is of a run with {key}={changed[key]!r}: resume_from goes on "
+                "with the same run; to start a new one from these weights give checkpoint=PATH"
+            )
+    if changed:
+        differences = ", ".join(f"{key} was {value!r}, is {now.get(key)!r}" for key, value in changed.items())
+        log.warning("resumed with other settings than before: %s", differences)
+
+
+def resumed_checkpoint(settings: Settings, home: Path) -> Path | None:
+    """The file that `resume_from` means; `last`: last.ckpt of save_path, or of the newest run of this exp_name."""
+    wanted = settings.run.resume_from
+    if not wanted:
+        return None
+    if wanted != "last":
+        if not Path(wanted).is_file():
+            raise UserError(f"resume_from={wanted!r}: there is no such file; give a checkpoint, or last")
+        return Path(wanted)
+    places = [Path(settings.run.save_path)] if settings.run.save_path else home.glob("*/checkpoints")
+    found = [place / LAST for place in places if (place / LAST).is_file()]
+    if not found:
+        where = settings.run.save_path or f"{home}/*/checkpoints"
+        raise UserError(f"resume_from=last: there is no {LAST} in {where}; give the checkpoint's path")
+    return max(found, key=lambda path: path.stat().st_mtime)
