@@ -4,7 +4,11 @@ What a key may hold stands in `hacan/settings.py`; METHOD section numbers say wh
 are Sacred's: `python run.py with coco_config data_root=/data`.
 """
 
+from inspect import Parameter, Signature
+
 from sacred import SETTINGS, Experiment
+
+from hacan.public_config import DATASET_OF_EXPERIMENT, PUBLIC_KEYS
 
 # Sacred's own capture of standard output breaks progress bars: it records every redraw as a line.
 SETTINGS.CAPTURE_MODE = "no"
@@ -12,6 +16,14 @@ SETTINGS.CONFIG.READ_ONLY_CONFIG = False
 
 # The named configs below have comments, not docstrings: Sacred would make each docstring a config entry.
 ex = Experiment("HACAN", save_git_info=True)
+
+
+def public_keys(**_: object) -> None:
+    """Declare the public codes' own keys: Sacred rejects a key that neither the config nor a captured function has."""
+
+
+public_keys.__signature__ = Signature([Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in PUBLIC_KEYS])
+ex.capture(public_keys)
 
 
 @ex.config
@@ -31,7 +43,7 @@ def config() -> None:
 
     # data
     data_root = ""
-    datasets = "f30k"
+    datasets = DATASET_OF_EXPERIMENT.get(exp_name, "f30k")
     use_restval = True
     eval_split = "test"
     image_size = 224

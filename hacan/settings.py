@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hacan.errors import UserError
+from hacan.public_config import translate
 
 DATASETS = ("f30k", "f8k", "coco", "captions", "scenes")
 LOSSES = ("GCD", "GCD_revised", "F_HN", "M_HN", "InfoNCE")
@@ -160,6 +161,7 @@ class Settings:
     @classmethod
     def from_flat(cls, config: Mapping[str, Any]) -> "Settings":
         """Settings of a flat config. Unknown or missing keys, wrong types, ranges and choices raise `UserError`."""
+        config = translate(config)
         parts = {field.name: field.type for field in dataclasses.fields(cls)}
         known = {field.name: part for part, kind in parts.items() for field in dataclasses.fields(kind)}
         for key in config:
