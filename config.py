@@ -9,13 +9,15 @@ from inspect import Parameter, Signature
 from sacred import SETTINGS, Experiment
 
 from hacan.public_config import DATASET_OF_EXPERIMENT, PUBLIC_KEYS
+from hacan.sacred_setup import git_commit_is_readable, read_plain_configs
 
 # Sacred's own capture of standard output breaks progress bars: it records every redraw as a line.
 SETTINGS.CAPTURE_MODE = "no"
 SETTINGS.CONFIG.READ_ONLY_CONFIG = False
 
 # The named configs below have comments, not docstrings: Sacred would make each docstring a config entry.
-ex = Experiment("HACAN", save_git_info=True)
+read_plain_configs()
+ex = Experiment("HACAN", save_git_info=git_commit_is_readable(__file__))
 
 
 def public_keys(**_: object) -> None:

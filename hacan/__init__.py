@@ -1,9 +1,16 @@
 """HACAN: hybrid attention-driven cross-layer alignment for image-text retrieval."""
 
+import getpass
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hacan.checkpoints.pretrained import Pretrained
+
+try:
+    getpass.getuser()  # torch calls it on import
+except (KeyError, OSError):  # a user id without a name, as in `docker run --user 12345`
+    os.environ["USER"] = str(os.getuid())
 
 
 def load_pretrained(path: str, *, device: str = "cpu") -> "Pretrained":

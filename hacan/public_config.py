@@ -88,7 +88,7 @@ def _check_loss_names(value: Any) -> None:
     others = [name for name, weight in weights.items() if weight and name != "irtr"]
     if others or not weights.get("irtr"):
         raise UserError(
-            f"loss_names={value!r}: HACAN has the task irtr only; leave the key out, and choose the global loss with loss"
+            f"loss_names={value!r}: HACAN has the task irtr only; leave the key out; loss chooses the global loss"
         )
 
 
@@ -104,7 +104,7 @@ def _device_count(devices: list | tuple) -> int:
     if not devices or list(devices) != list(range(len(devices))):
         visible = ",".join(str(device) for device in devices)
         raise UserError(
-            f"num_gpus={list(devices)!r}: expected a number, or the list of the first devices such as [0, 1]; to choose "
-            f"devices, set CUDA_VISIBLE_DEVICES={visible} and num_gpus={max(len(devices), 1)}"
+            f"num_gpus={list(devices)!r}: expected a number, or the list of the first devices such as [0, 1]; to "
+            f"choose devices, set CUDA_VISIBLE_DEVICES={visible} and num_gpus={max(len(devices), 1)}"
         )
     return len(devices)

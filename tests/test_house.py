@@ -8,7 +8,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # From the bottom up; a module may import from its own level and the levels before it.
 LEVELS = [
-    ["hacan.errors", "hacan.public_config", "hacan.process", "hacan.run_record", "hacan.lock", "hacan.types", "hacan.settings"],
+    [
+        "hacan.errors",
+        "hacan.public_config",
+        "hacan.process",
+        "hacan.sacred_setup",
+        "hacan.run_record",
+        "hacan.lock",
+        "hacan.types",
+        "hacan.settings",
+    ],
     ["hacan.images"],
     ["hacan.alignment", "hacan.losses"],
     ["hacan.models"],

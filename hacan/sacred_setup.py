@@ -1,0 +1,92 @@
+"""How this program uses Sacred: configs are plain data, and the git commit is an optional part of the record."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+# GitPython, which Sacred imports, raises on import where there is no git executable, unless it is told otherwise.
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import sacred.arg_parser
+import yaml
+from sacred.config import config_files
+from sacred.dependencies import get_commit_if_possible
+
+from hacan.errors import UserError
+from hacan.process import one_line_errors
+
+log = logging.getLogger(__name__)
+
+CONFIG_FORMATS = (".json", ".yaml", ".yml")
+
+
+def plain(value: Any) -> Any:
+    """Return the value of a config file or of the command line as plain data.
+
+    Sacred decodes values with jsonpickle, whose `py/...` keys can import modules and call functions. The only one that
+    is decoded here is `py/tuple`, which Sacred writes into config.json. Raise `UserError` for the others.
+    """
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"py/tuple"}:
+        return plain(value["py/tuple"])
+    for key in value:
+        if isinstance(key, str) and key.startswith("py/"):
+            raise UserError(
+                f"the config holds the key {key!r}, a jsonpickle instruction that can run code: expected plain values; "
+                "remove it"
+            )
+    return {key: plain(item) for key, item in value.items()}
+
+
+def read_plain_configs() -> None:
+    """Make Sacred read config files and values as plain data: JSON and YAML, never a pickle."""
+
+    def restore(value: Any) -> Any:
+        with one_line_errors():
+            return plain(value)
+
+    def load_json(file: Any) -> Any:
+        with one_line_errors():
+            try:
+                return plain(json.load(file))
+            except ValueError as error:
+                raise UserError(f"{file.name} is not a JSON file: {error}") from error
+
+    def load_yaml(file: Any) -> Any:
+        with one_line_errors():
+            try:
+                return plain(yaml.safe_load(file))
+            except yaml.YAMLError as error:
+                raise UserError(
+                    f"{file.name} is not a YAML file of plain values: {' '.join(str(error).split())}"
+                ) from error
+
+    def refuse(file: Any) -> NoReturn:
+        with one_line_errors():
+            raise UserError(
+                f"{file.name} is a pickle, which can run code: give the config as {' or '.join(CONFIG_FORMATS)}"
+            )
+
+    sacred.arg_parser.restore = restore
+    for extension, load in zip(CONFIG_FORMATS, (load_json, load_yaml, load_yaml), strict=True):
+        config_files.HANDLER_BY_EXT[extension] = config_files.Handler(load, None, "")
+    config_files.HANDLER_BY_EXT[".pickle"] = config_files.Handler(refuse, None, "b")
+
+
+def git_commit_is_readable(file: str | Path) -> bool:
+    """Return whether Sacred can record the git commit of `file`; log the reason if it cannot.
+
+    It cannot without a git executable, in a repository without commits, or in one that belongs to another user.
+    """
+    try:
+        get_commit_if_possible(str(Path(file).resolve()), save_git_info=True)
+    except Exception as error:  # GitPython raises its own errors, ValueError, OSError and ImportError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        log.warning("the run's record has no git commit: %s", reason[:200])
+        return False
+    return True
