@@ -17,7 +17,7 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on to
 from sacred.run import Run  # noqa: E402
 
 from config import ex  # noqa: E402
-from hacan.process import is_first_process, must_be_writable, one_line_errors  # noqa: E402
+from hacan.errors import is_first_process, one_line_errors, require_writable  # noqa: E402
 from hacan.public_config import ignored_keys  # noqa: E402
 from hacan.run_record import RunRecord  # noqa: E402
 from hacan.settings import Settings  # noqa: E402
@@ -33,7 +33,7 @@ def judge_and_record(config: dict[str, Any], command_name: str, logger: Any) -> 
 
             form_of(settings.model.alignment)
             run = settings.run
-            must_be_writable(Path(run.log_dir) / run.exp_name, key=f"log_dir={run.log_dir}")
+            require_writable(Path(run.log_dir) / run.exp_name, key=f"log_dir={run.log_dir}")
         if is_first_process() and (ignored := ignored_keys(config)):
             logger.warning("%s: no effect in the public code, and none here", ", ".join(ignored))
         if not is_first_process():

@@ -1,88 +1,54 @@
-"""One run per folder: a lock file that says who writes there, and that a dead process does not hold for ever."""
+"""One writing process per folder, by a lock of the operating system: it ends with its process, also after a kill."""
 
 import json
 import os
 import socket
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from hacan.errors import UserError
 
-LOCK = ".lock"
+LOCK, OWNER = ".lock", ".lock.json"
+WAIT_SECONDS = 6.0  # worker processes of a killed run hold its lock until they notice, within 5 seconds
 
 
 class FolderLock:
-    """Holds `folder` for this process, from `acquire` to `release`.
+    """The exclusive right to write to `folder`, from `acquire` to `release`; also a context manager.
 
-    A lock is stale, and taken over, when its process no longer lives on this machine, or when it is of the same SLURM
-    job: a job that was queued again after its node died.
+    remedy: what the error message advises if another process holds the lock. `OWNER` in the folder says who held it
+    last, for that message only.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        self._held = False
+    def __init__(self, folder: Path, *, remedy: str, wait: float | None = None) -> None:
+        self.folder, self.remedy = folder, remedy
+        self._lock = FileLock(folder / LOCK, timeout=WAIT_SECONDS if wait is None else wait)
 
     def acquire(self) -> None:
-        """Take the lock, or say who has it."""
-        owner = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": _started(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID", ""),
-        }
-        mine = self.path.with_name(f"{LOCK}-{owner['host']}-{owner['pid']}")
-        mine.write_text(json.dumps(owner), encoding="utf-8")
+        """Take the lock; raise `UserError` if another process holds it, `OSError` if the folder cannot be written."""
         try:
-            while True:
-                try:
-                    os.link(mine, self.path)  # fails where a lock is; a name appears with its content or not at all
-                except FileExistsError:
-                    self._remove_if_stale(owner)
-                else:
-                    break
-        finally:
-            mine.unlink()
-        self._held = True
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{self.folder} is in use by another process{self._owner()}; {self.remedy}") from error
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        (self.folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
 
     def release(self) -> None:
-        """Give the folder back; without effect where it is not held."""
-        if self._held:
-            self.path.unlink(missing_ok=True)
-        self._held = False
+        """Release the lock; without effect if this process does not hold it."""
+        if self._lock.is_locked:
+            (self.folder / OWNER).unlink(missing_ok=True)
+            self._lock.release()
 
-    def _remove_if_stale(self, me: dict[str, object]) -> None:
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _owner(self) -> str:
         try:
-            other = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return
-        except ValueError:
-            other = {}
-        pid, host = other.get("pid"), other.get("host")
-        same_job = bool(me["job"]) and other.get("job") == me["job"]
-        if host == me["host"] and isinstance(pid, int):
-            dead = not _lives(pid) or other.get("started") != _started(pid)
-        else:
-            dead = same_job
-        if not dead:
-            raise UserError(
-                f"another run writes to {self.path.parent} (process {pid} on {host}); give this one another folder, "
-                f"save_path=PATH, or delete {self.path} if that run is over"
-            )
-        self.path.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
-
-
-def _started(pid: int) -> str:
-    """When a process started, in clock ticks: tells it from a later one of the same number; empty where unknown."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
+            owner = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
+            return f" (process {owner['pid']} on {owner['host']})"
+        except (OSError, ValueError, KeyError, TypeError):  # it is being written: the message does without
+            return ""

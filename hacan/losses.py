@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from hacan.settings import LossSettings
 from hacan.types import HardNegatives
 
 REDUCTIONS = ("sum", "mean")
@@ -191,6 +192,61 @@ def global_loss(
             f"negatives of {name} are {found} for {len(images)} pairs; pass hard_negatives(scores, image_ids)"
         )
     return HARD_NEGATIVE_LOSSES[name](images, texts, negatives, margin=margin)
+
+
+class HACANLoss(nn.Module):
+    """Total loss of a batch and its schedule (METHOD sections 4 and 5).
+
+        total = triplet + global_loss_weight * global
+
+    The triplet loss takes all negatives in the first `all_negatives_epochs` epochs, then the hardest. The global loss
+    is `warmup_loss` in the first `warmup_epochs` epochs, then `loss`.
+
+    pairs_per_step: pairs of one optimiser step, over all processes and accumulated batches. Gradients of these are
+    averaged, so with `triplet_reduction="sum"` the mean over the pairs times `pairs_per_step` is the sum over the step.
+    """
+
+    def __init__(self, settings: LossSettings, *, pairs_per_step: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.triplet_weight = pairs_per_step if settings.triplet_reduction == "sum" else 1
+
+    def global_loss_name(self, epoch: int) -> str:
+        """Return the name of the global loss of an epoch (from 0)."""
+        return self.settings.warmup_loss if epoch < self.settings.warmup_epochs else self.settings.loss
+
+    def forward(
+        self, scores: Tensor, images: Tensor, texts: Tensor, image_ids: Tensor, *, epoch: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the total, a scalar with gradient, and its terms as numbers.
+
+        scores [B, B] fine scores F; images, texts [B, d] global embeddings of unit length; image_ids [B].
+        """
+        settings = self.settings
+        negatives = hard_negatives(scores, image_ids)
+        if epoch < settings.all_negatives_epochs:
+            triplet = triplet_ranking_loss_all(scores, image_ids, margin=settings.margin, reduction="mean")
+        else:
+            triplet = triplet_ranking_loss(scores, negatives, margin=settings.margin, reduction="mean")
+        name = self.global_loss_name(epoch)
+        on_globals = global_loss(
+            name,
+            images.float(),
+            texts.float(),
+            negatives,
+            margin=settings.margin,
+            image_ids=image_ids,
+            temperature=settings.infonce_temperature,
+        )
+        total = self.triplet_weight * triplet + settings.global_loss_weight * on_globals
+        terms = {
+            "total": total.item(),
+            "triplet": self.triplet_weight * triplet.item(),
+            f"global_{name}": on_globals.item(),
+            "hinge_per_pair": triplet.item(),
+            "active_hinges": share_of_active_hinges(scores, negatives, margin=settings.margin).item(),
+        }
+        return total, terms
 
 
 class _Quadruples:

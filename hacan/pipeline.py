@@ -32,13 +32,13 @@ from hacan.retrieval.identity import form_of, settings_of
 from hacan.retrieval.table import format_table
 from hacan.settings import Settings
 from hacan.training.callbacks import BEST, LAST, KeepCheckpoints
-from hacan.training.resume import check_resumed, resumed_checkpoint
+from hacan.training.module import TrainingModule
+from hacan.training.resume import check_same_run, checkpoint_to_resume
 from hacan.training.trainer import (
     build_trainer,
-    build_training,
+    effective_precision,
     launch_processes,
-    only_deterministic_kernels,
-    precision_here,
+    use_deterministic_kernels,
 )
 
 log = logging.getLogger(__name__)
@@ -57,22 +57,25 @@ def train(
     home: Path,
 ) -> Path | None:
     """Train, and return the best checkpoint; None when a signal ended the run: it goes on another time."""
-    resume = resumed_checkpoint(settings, home)
+    resume = checkpoint_to_resume(settings, home)
     own = settings.run.save_path or (resume.parent if resume is not None else run_folder / "checkpoints")
     if resume is not None:
         content = read_checkpoint(resume, trust=settings.run.trust_checkpoint)  # a broken one is named here
-        check_resumed(settings, content.get(DESCRIPTION, {}).get("settings", {}), source=resume)
+        check_same_run(settings, content.get(DESCRIPTION, {}).get("settings", {}), source=resume)
         log.warning("going on from %s", resume)
-    training = build_training(
-        settings,
+    module = TrainingModule(
         model,
+        loss=settings.loss,
+        train=settings.train,
+        seed=settings.run.seed,
+        pairs_per_step=settings.data.batch_size,
         validate=partial(validate, settings=settings, data=data, run_folder=run_folder),
         describe=partial(describe_model, model, settings, tokenizer),
     )
     trainer = build_trainer(settings, run_folder=run_folder, checkpoint_folder=Path(own))
     model.train()  # one that was read from a checkpoint came to be evaluated
     try:
-        trainer.fit(training, datamodule=data, ckpt_path=resume, weights_only=not settings.run.trust_checkpoint)
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=not settings.run.trust_checkpoint)
     except BaseException:
         # Processes that this one has started would wait for it in a collective operation, on a GPU for ever.
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
@@ -126,7 +129,7 @@ def test(
     With `report` also report.html, with heatmaps where the `tokenizer` is given, and with the curve where it is cheap.
     """
     if settings.train.deterministic:
-        only_deterministic_kernels()  # a training's Trainer has done it, test_only has none
+        use_deterministic_kernels()  # a training's Trainer has done it, test_only has none
     if settings.train.num_gpus * settings.train.num_nodes > 1 and not dist.is_initialized():  # test_only
         launch_processes(settings.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -255,7 +258,7 @@ def _member(model: HACAN, settings: Settings, *, name: str, device: torch.device
         model,
         name=name,
         device=device,
-        precision=precision_here(settings.train, on_gpu=device.type == "cuda"),
+        precision=effective_precision(settings.train, on_gpu=device.type == "cuda"),
         form=form_of(model),
         settings=settings_of(model) | {key: getattr(settings.data, key) for key in FOLLOWED},
     )

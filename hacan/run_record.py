@@ -7,7 +7,7 @@ from typing import Any
 
 from sacred.observers import FileStorageObserver
 
-from hacan.process import one_line_errors
+from hacan.errors import one_line_errors
 
 log = logging.getLogger(__name__)
 

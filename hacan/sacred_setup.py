@@ -14,8 +14,7 @@ import yaml
 from sacred.config import config_files
 from sacred.dependencies import get_commit_if_possible
 
-from hacan.errors import UserError
-from hacan.process import one_line_errors
+from hacan.errors import UserError, one_line_errors
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,8 @@ from tiny_run import TINY_DEMO, run_py, settings_of, train_here
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
 from hacan.checkpoints.opening import open_models
-from hacan.errors import UserError
-from hacan.lock import LOCK, FolderLock
-from hacan.process import must_be_writable, one_line_errors
+from hacan.errors import UserError, one_line_errors, require_writable
+from hacan.lock import LOCK, OWNER, FolderLock
 from hacan.run_record import RunRecord
 from hacan.training.callbacks import LAST
 from run import build_data
@@ -97,7 +96,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_was_saved(small_disk,
         train_here(settings, tmp_path)
     assert "\n" not in str(error.value)
     kept = torch.load(small_disk / LAST, weights_only=True)
-    assert not list(small_disk.glob("*.partial")) and not list(small_disk.glob(".*"))
+    assert not list(small_disk.glob("*.partial")) and not [path for path in small_disk.glob(".*") if path.name != LOCK]
     moved = settings_of(tmp_path, resume_from=str(small_disk / LAST), max_epoch=kept["epoch"] + 2)
     train_here(moved, tmp_path)  # on a larger disk it goes on
     assert torch.load(tmp_path / "checkpoints" / LAST, weights_only=True)["epoch"] == kept["epoch"] + 1
@@ -126,7 +125,7 @@ def test_a_record_that_cannot_be_begun_ends_the_program(tmp_path, monkeypatch, c
         record.started_event(**STARTED, config={}, start_time=NOW)
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "error: No space left on device: the target; free space there, then go on with resume_from=last\n"
+        "error: No space left on device: the target; free space there, then continue with resume_from=last\n"
     )
     record.failed_event(NOW, [])  # Sacred says this next: there is nothing to note it in
 
@@ -156,10 +155,10 @@ def test_a_folder_of_logs_that_cannot_be_written_is_named_first(tmp_path, monkey
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "x" if kind == "file" else tmp_path / "y"
     if kind == "closed":  # root may write to read-only folders
-        monkeypatch.setattr("hacan.process.tempfile.TemporaryFile", _refused)
+        monkeypatch.setattr("hacan.errors.tempfile.TemporaryFile", _refused)
     with pytest.raises(UserError, match=rf"^log_dir: nothing can be written to {folder} \(.+\); give another folder$"):
-        must_be_writable(folder, key="log_dir")
-    must_be_writable(tmp_path / "new" / "folder", key="log_dir") if kind == "file" else None
+        require_writable(folder, key="log_dir")
+    require_writable(tmp_path / "new" / "folder", key="log_dir") if kind == "file" else None
 
 
 def _refused(*_, **__):
@@ -169,13 +168,16 @@ def _refused(*_, **__):
 @pytest.mark.slow
 def test_the_command_line_says_it_in_one_line_and_leaves_the_other_run_alone(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    lock = FolderLock(tmp_path / "checkpoints")
+    lock = FolderLock(tmp_path / "checkpoints", remedy="")
     lock.acquire()
     arguments = {**TINY_DEMO, "data_root": tmp_path / "data", "log_dir": tmp_path / "log"}
     second = run_py(**arguments, save_path=tmp_path / "checkpoints")
     closed = run_py(**{**arguments, "log_dir": "/proc/nowhere"})
-    for done, words in ((second, "another run writes to"), (closed, "log_dir=/proc/nowhere: nothing can be written")):
+    for done, words in (
+        (second, "in use by another process"),
+        (closed, "log_dir=/proc/nowhere: nothing can be written"),
+    ):
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert [words in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [LOCK]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {LOCK, OWNER}
     lock.release()

@@ -11,7 +11,7 @@ LEVELS = [
     [
         "hacan.errors",
         "hacan.public_config",
-        "hacan.process",
+        "hacan.errors",
         "hacan.sacred_setup",
         "hacan.run_record",
         "hacan.lock",

@@ -5,7 +5,6 @@ unless a server keeps them, the vectors.
 """
 
 import contextlib
-import fcntl
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from hacan.alignment import pack_texts
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
+from hacan.lock import FolderLock
 from hacan.retrieval.features import hash_of_tensors
 from hacan.retrieval.store import write_atomically
 from hacan.search.collection import Shelf
@@ -159,11 +159,7 @@ class Index:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """One process changes an index at a time, also where a server keeps the vectors."""
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.path} is being changed by another process: wait until it has ended") from error
+        with FolderLock(self.path, remedy="wait until it has ended", wait=0):
             yield
 
     # ---------------------------------------------------------------------------------------------------- searching

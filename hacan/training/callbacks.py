@@ -1,4 +1,4 @@
-"""What happens around training steps: checkpoints that survive, a clean end on SIGTERM, logs of short epochs."""
+"""Lightning callbacks: checkpoints that allow exact resumption, a clean end on SIGTERM, logs of short epochs."""
 
 import os
 import shutil
@@ -22,24 +22,27 @@ BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
 
 def epoch_is_complete(trainer: pl.Trainer) -> bool:
-    """Whether the last batch of the running epoch has been trained; not so where a signal has cut it short."""
+    """Return whether the last batch of the current epoch has been trained; False if a signal cut the epoch short."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when it is whole: a crash leaves the old one."""
+    """Write checkpoints atomically: after a crash the previous file is still there."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` to `path` in one step, as the file system sees it."""
+        """Write to a temporary file and rename it to `path`."""
         atomic_save(checkpoint, Path(path))
 
 
-class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the module, whose Rsum it needs
-    """Keeps last.ckpt after every epoch (the one before it as previous.ckpt), and best.ckpt by validation Rsum.
+class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, whose Rsum it needs
+    """Save last.ckpt after every epoch (its predecessor as previous.ckpt) and best.ckpt by validation Rsum.
 
-    On SIGTERM (SLURM's notice before the time limit) the current optimiser step is finished, last.ckpt is written, and
-    training ends cleanly; `resume_from=last` goes on with the next batch. `every_minutes` > 0 also writes last.ckpt
-    within an epoch, so that a kill -9 costs no more than that.
+    On SIGTERM (sent by SLURM before the time limit) it finishes the current optimiser step, saves last.ckpt and ends
+    the training; `resume_from=last` continues with the next batch. `every_minutes` > 0 also saves last.ckpt within an
+    epoch, which bounds the loss of a kill -9.
+
+    Lightning's ModelCheckpoint is not used because resumption would not be exact: it saves between accumulated batches,
+    an interrupted epoch skips the validation, and its state holds absolute paths.
     """
 
     def __init__(self, folder: Path, *, every_minutes: float = 10.0) -> None:
@@ -53,35 +56,35 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
 
     @property
     def state_key(self) -> str:
-        """The name under which Lightning keeps the state, whatever the class is called."""
+        """Return the key of the state in a checkpoint, which does not depend on the class name."""
         return "KeepCheckpoints"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know: the Rsum to beat."""
+        """Return the best Rsum so far."""
         return {"best_rsum": self.best_rsum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the Rsum to beat."""
+        """Restore the best Rsum so far."""
         self.best_rsum = state_dict["best_rsum"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written or that another run writes to, before anything is trained.
+        """Lock the folder before training; raise `UserError` if it cannot be written or another run uses it.
 
-        The first process decides, also where the folder is: only it knows the record of this run.
+        The first process decides for all, because only it knows the folder of the run's record.
         """
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         problem = ""
         if trainer.is_global_zero:
             try:
-                self._take_folder()
+                self._lock_folder()
             except UserError as error:
                 problem = str(error)
         problem = trainer.strategy.broadcast(problem)
-        if problem:  # said once, by the first process
+        if problem:  # only the first process prints it
             raise UserError(problem) if trainer.is_global_zero else SystemExit(2)
 
-    def _take_folder(self) -> None:
-        lock = FolderLock(self.folder)
+    def _lock_folder(self) -> None:
+        lock = FolderLock(self.folder, remedy="give this run another folder, save_path=PATH")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -91,12 +94,12 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
             ) from error
         self._lock = lock
 
-    def _give_folder_back(self) -> None:
+    def _release_folder(self) -> None:
         if self._lock is not None:
             self._lock.release()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for SIGTERM."""
+        """Install the SIGTERM handler."""
         self._saved_at = time.monotonic()
         self._handler_before = signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -106,41 +109,39 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save within an epoch on SIGTERM or after `every_minutes`, only where an optimiser step is complete.
+        """Save within an epoch on SIGTERM or after `every_minutes`, at the end of an optimiser step.
 
-        After its last batch the epoch's end saves: a run that went on from there would miss that epoch's validation.
+        Not after the last batch, where `on_train_epoch_end` saves: a run resumed here would skip the validation.
         """
         if trainer.fit_loop._should_accumulate() or epoch_is_complete(trainer):
             return
         due = self.every_minutes > 0 and time.monotonic() - self._saved_at > 60 * self.every_minutes
-        # Every process must come to the same decision, or some would wait for the others for ever.
+        # All processes must decide alike, or some would wait for the others.
         if not trainer.strategy.reduce_boolean_decision(due or self.interrupted, all=False):
             return
-        self._save_last(trainer)
+        self._save(trainer)
         self._stop_if_interrupted(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write last.ckpt, and best.ckpt when the validation Rsum is the best so far."""
+        """Save last.ckpt, and best.ckpt if the validation Rsum is the best so far."""
         if not epoch_is_complete(trainer):
-            return  # cut short: last.ckpt was written there, and holds the place to go on from
+            return  # cut short by a signal: last.ckpt has been saved
         rsum = float(trainer.callback_metrics.get("val_rsum", float("-inf")))
         better = rsum > self.best_rsum
         self.best_rsum = max(rsum, self.best_rsum)
-        self._save_last(trainer)
-        if better and trainer.is_global_zero:
-            _replace_by_copy(self.folder / LAST, self.folder / BEST)
+        self._save(trainer, as_best=better)
         self._stop_if_interrupted(trainer)
 
     def _stop_if_interrupted(self, trainer: pl.Trainer) -> None:
         self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
         if self.interrupted:
-            rank_zero_info(f"SIGTERM: saved {self.folder / LAST}; go on with resume_from=last")
+            rank_zero_info(f"SIGTERM: saved {self.folder / LAST}; continue with resume_from=last")
             trainer.should_stop = True
 
-    def _save_last(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, *, as_best: bool = False) -> None:
         last = self.folder / LAST
         finite = [torch.isfinite(parameter).all() for parameter in trainer.lightning_module.parameters()]
-        if not torch.stack(finite).all():  # a finite loss may have had other gradients; in every process alike
+        if not torch.stack(finite).all():  # gradients can overflow although the loss is finite; equal in all processes
             kept = f"{last}, of an earlier step, is kept" if last.exists() else "nothing is saved"
             raise UserError(
                 f"the weights are not finite after optimiser step {trainer.global_step}: {kept}; lower learning_rate, "
@@ -148,33 +149,36 @@ class KeepCheckpoints(Checkpoint):  # Lightning calls a Checkpoint after the mod
             )
         if trainer.is_global_zero and last.exists():
             _replace_by_copy(last, self.folder / PREVIOUS)
-        trainer.save_checkpoint(last)
+        # best.ckpt comes first: the state in last.ckpt says that the best Rsum so far has been saved.
+        trainer.save_checkpoint(self.folder / BEST if as_best else last)
+        if as_best and trainer.is_global_zero:
+            _replace_by_copy(self.folder / BEST, last)
         self._saved_at = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop listening."""
+        """Restore the previous SIGTERM handler."""
         signal.signal(signal.SIGTERM, self._handler_before)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let other runs have the folder."""
-        self._give_folder_back()
+        """Release the folder."""
+        self._release_folder()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let other runs have the folder, after an error too."""
-        self._give_folder_back()
+        """Release the folder after an error."""
+        self._release_folder()
 
 
 class LogShortEpochs(pl.Callback):
-    """Logs at least once an epoch, also where an epoch has fewer optimiser steps than the logging interval."""
+    """Log at least once per epoch, also if an epoch has fewer optimiser steps than the logging interval."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lower the interval to the steps of an epoch."""
+        """Lower the interval to the number of steps of an epoch."""
         steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)
 
 
 def _replace_by_copy(source: Path, target: Path) -> None:
-    """`target` becomes `source`'s content in one step; a second name of the same file where the disk knows them."""
+    """Atomically replace `target` by a hard link to `source`, or by a copy if the file system has no hard links."""
     partial = target.with_name(f".{target.name}.partial")
     partial.unlink(missing_ok=True)
     try:

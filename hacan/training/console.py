@@ -1,7 +1,6 @@
-"""What a person sees of a training beside our own lines: Lightning's tips are left out, warnings that matter are not.
+"""Console output of a training: hide Lightning's tips and harmless warnings, and nothing else.
 
-Each thing that is left out stands here by its words, with the reason; whatever Lightning or PyTorch say in other words
-is shown.
+Each entry names one message with the reason; all other messages of Lightning and PyTorch are shown.
 """
 
 import logging
@@ -10,38 +9,36 @@ import warnings
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-TALKERS = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
-CHATTER = ("💡 Tip", "TPU available", "`Trainer.fit` stopped: `max_epochs=")
-CHATTER_OF_RESUME = (
-    "pytorch_lightning.trainer.connectors.checkpoint_connector"  # "Restoring states from ...": ours says it
-)
-HARMLESS = (
+RANK_ZERO_LOGGERS = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
+HIDDEN_INFOS = ("💡 Tip", "TPU available", "`Trainer.fit` stopped: `max_epochs=")
+RESUME_LOGGER = "pytorch_lightning.trainer.connectors.checkpoint_connector"  # pipeline.train logs the resume itself
+HIDDEN_WARNINGS = (
     ".*smaller than the logging interval.*",  # LogShortEpochs lowers the interval after this warning
-    r".*`self\.log\(.*sync_dist=True\)`.*",  # what we log is the same in every process: from all pairs, all rankings
-    ".*Grad strides do not match bucket view strides.*",  # speed of DDP at 1 x 1 and depthwise kernels
+    r".*`self\.log\(.*sync_dist=True\)`.*",  # the logged values are equal in every process
+    ".*Grad strides do not match bucket view strides.*",  # speed of DDP with 1 x 1 and depthwise kernels
     ".*LeafSpec.*",  # Lightning 2.6 on torch 2.11
-    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its folder
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run writes to the same folder
 )
 
 
-def quieten() -> None:
-    """Leave the tips and the harmless warnings out, from now on in this process."""
-    for name in TALKERS:
-        talker = logging.getLogger(name)
-        if _is_news not in talker.filters:
-            talker.addFilter(_is_news)
-    logging.getLogger(CHATTER_OF_RESUME).setLevel(logging.WARNING)
-    for message in HARMLESS:
+def hide_framework_messages() -> None:
+    """Hide the messages listed above in this process."""
+    for name in RANK_ZERO_LOGGERS:
+        logger = logging.getLogger(name)
+        if _is_shown not in logger.filters:
+            logger.addFilter(_is_shown)
+    logging.getLogger(RESUME_LOGGER).setLevel(logging.WARNING)
+    for message in HIDDEN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(CHATTER)
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(HIDDEN_INFOS)
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, without the version number of the logger."""
+    """Lightning's progress bar without the version number of the logger."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
-        """Loss and validation Rsum."""
+        """Return the loss and the validation Rsum."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

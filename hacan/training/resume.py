@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: which checkpoint is meant, and whether it is the same run."""
+"""Resuming an interrupted run: find its checkpoint and check that it belongs to the same run."""
 
 import dataclasses
 import json
@@ -13,32 +13,39 @@ from hacan.training.callbacks import LAST
 
 log = logging.getLogger(__name__)
 
-# Settings that an interrupted run may change on its way, and those that say where in an epoch a batch lies.
+# Settings that a resumed run may change without a warning.
 MAY_CHANGE = ("exp_name", "log_dir", "save_path", "checkpoint", "trust_checkpoint", "resume_from", "test_only")
 MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
 MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "feature_disk", "bootstrap", "curve")
 MAY_CHANGE += ("judged_matches",)
+# Settings that determine which pairs a batch holds; they must not change.
 BATCHES = ("datasets", "use_restval", "batch_size", "per_gpu_batchsize", "num_gpus", "num_nodes", "image_size")
 
 
-def check_resumed(settings: Settings, kept: Mapping[str, Any], *, source: Path) -> None:
-    """Refuse to go on with another model or other batches; warn of what else is not as in the interrupted run."""
+def check_same_run(settings: Settings, stored: Mapping[str, Any], *, source: Path) -> None:
+    """Compare with the `stored` flat config of the checkpoint `source`.
+
+    Raise `UserError` if the model or the batches differ; warn of other differences, except `MAY_CHANGE`.
+    """
     now = json.loads(json.dumps(settings.to_flat()))
-    changed = {key: value for key, value in kept.items() if now.get(key) != value and key not in MAY_CHANGE}
+    changed = {key: value for key, value in stored.items() if now.get(key) != value and key not in MAY_CHANGE}
     model = {field.name for field in dataclasses.fields(ModelSettings)} - {"image_weights", "text_weights"}
     for key in changed:
         if key in model or key in BATCHES:
             raise UserError(
-                f"{key}={now.get(key)!r}, but {source} is of a run with {key}={changed[key]!r}: resume_from goes on "
-                "with the same run; to start a new one from these weights give checkpoint=PATH"
+                f"{key}={now.get(key)!r}, but {source} is of a run with {key}={changed[key]!r}: resume_from continues "
+                "the same run; to start a new one from these weights give checkpoint=PATH"
             )
     if changed:
         differences = ", ".join(f"{key} was {value!r}, is {now.get(key)!r}" for key, value in changed.items())
         log.warning("resumed with other settings than before: %s", differences)
 
 
-def resumed_checkpoint(settings: Settings, home: Path) -> Path | None:
-    """The file that `resume_from` means; `last`: last.ckpt of save_path, or of the newest run of this exp_name."""
+def checkpoint_to_resume(settings: Settings, home: Path) -> Path | None:
+    """Return the checkpoint that `resume_from` names, or None if it is empty.
+
+    `last` is last.ckpt in `save_path`, or of the newest run below `home` (log_dir/exp_name).
+    """
     wanted = settings.run.resume_from
     if not wanted:
         return None

@@ -1,10 +1,8 @@
-"""Settings -> the Lightning objects of a training: the module with its losses, and the Trainer with its devices."""
+"""Settings to the Lightning Trainer: devices, precision, strategy, loggers and callbacks."""
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,63 +12,30 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from hacan.errors import UserError
-from hacan.models.hacan import HACAN
 from hacan.settings import Settings, TrainSettings
 from hacan.training.callbacks import AtomicCheckpointIO, KeepCheckpoints, LogShortEpochs
-from hacan.training.console import ProgressBar, quieten
-from hacan.training.module import Training
+from hacan.training.console import ProgressBar, hide_framework_messages
 
 log = logging.getLogger(__name__)
 
 
-def build_training(
-    settings: Settings,
-    model: HACAN,
-    *,
-    validate: Callable[[HACAN], dict[str, float]] | None,
-    describe: Callable[[], dict[str, Any]] | None,
-) -> Training:
-    """The LightningModule of these settings around `model`."""
-    loss, train = settings.loss, settings.train
-    return Training(
-        model,
-        loss=loss.loss,
-        margin=loss.margin,
-        triplet_reduction=loss.triplet_reduction,
-        global_loss_weight=loss.global_loss_weight,
-        infonce_temperature=loss.infonce_temperature,
-        warmup_epochs=loss.warmup_epochs,
-        warmup_loss=loss.warmup_loss,
-        all_negatives_epochs=loss.all_negatives_epochs,
-        learning_rate=train.learning_rate,
-        lr_decay_every=train.lr_decay_every,
-        lr_decay=train.lr_decay,
-        freeze_backbone_epochs=train.freeze_backbone_epochs,
-        gather_negatives=train.gather_negatives,
-        seed=settings.run.seed,
-        pairs_per_step=settings.data.batch_size,
-        validate=validate,
-        describe=describe,
-    )
-
-
 def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Path) -> pl.Trainer:
-    """The Trainer of these settings: logs to `run_folder` (TensorBoard and CSV), checkpoints to `checkpoint_folder`."""
+    """Return a Trainer that logs to `run_folder` (TensorBoard and CSV) and saves to `checkpoint_folder`."""
     data, train = settings.data, settings.train
-    on_gpu = _devices_suffice(train)
+    on_gpu = _use_gpus(train)
     processes = train.num_gpus * train.num_nodes
-    quieten()
-    # A backbone that is frozen in some epochs has parameters without gradients, which plain DDP would wait for.
+    hide_framework_messages()
+    # While a backbone is frozen, its parameters have no gradients, and plain DDP would wait for them.
     strategy = DDPStrategy(find_unused_parameters=True, process_group_backend=None if on_gpu else "gloo")
     return pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=train.num_gpus,
         num_nodes=train.num_nodes,
         strategy=strategy if processes > 1 else "auto",
-        precision=precision_here(train, on_gpu=on_gpu),
+        precision=effective_precision(train, on_gpu=on_gpu),
         max_epochs=train.max_epoch,
         accumulate_grad_batches=data.batch_size // min(data.per_gpu_batchsize * processes, data.batch_size),
-        use_distributed_sampler=False,  # ours shards each global batch itself, and knows its place after a resume
+        use_distributed_sampler=False,  # TrainingOrder shards each batch and restores its position
         deterministic=True if train.deterministic else None,
         logger=[
             TensorBoardLogger(run_folder, name="", version="tensorboard"),
@@ -86,8 +51,8 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
 
 
 def launch_processes(train: TrainSettings) -> None:
-    """Start the processes of these settings for an evaluation alone, as a training's Trainer would; or join them."""
-    on_gpu = _devices_suffice(train)
+    """Launch or join the processes of an evaluation without training, as the Trainer does for a training."""
+    on_gpu = _use_gpus(train)
     Fabric(
         accelerator="gpu" if on_gpu else "cpu",
         devices=train.num_gpus,
@@ -96,22 +61,22 @@ def launch_processes(train: TrainSettings) -> None:
     ).launch()
 
 
-def only_deterministic_kernels() -> None:
-    """What `Trainer(deterministic=True)` does, for an evaluation alone."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS adds in one order only with such a workspace
+def use_deterministic_kernels() -> None:
+    """Set what `Trainer(deterministic=True)` sets, for an evaluation without training."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS for a fixed order of sums
     torch.use_deterministic_algorithms(True)
 
 
-def _devices_suffice(train: TrainSettings) -> bool:
-    """Whether to use GPUs; a UserError where there are some, but fewer than asked for."""
+def _use_gpus(train: TrainSettings) -> bool:
+    """Return whether this machine has GPUs; raise `UserError` if it has fewer than `num_gpus`."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < found < train.num_gpus:
         raise UserError(f"num_gpus={train.num_gpus}, but this machine has {found}; give num_gpus={found} or less")
     return found > 0
 
 
-def precision_here(train: TrainSettings, *, on_gpu: bool) -> str:
-    """The precision asked for, or float32 on a CPU: 16-bit arithmetic is emulated there, slower and no smaller."""
+def effective_precision(train: TrainSettings, *, on_gpu: bool) -> str:
+    """Return the configured precision, or float32 on a CPU, where 16-bit arithmetic is emulated and slower."""
     if on_gpu or train.precision == "32-true":
         return train.precision
     log.warning("precision=%s needs a GPU; this run computes in 32-true on the CPU", train.precision)

@@ -1,9 +1,7 @@
 """The folder of checkpoints: one run at a time, full and read-only disks, and what a failed save leaves."""
 
 import errno
-import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,9 +11,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from hacan.errors import UserError
-from hacan.lock import LOCK, FolderLock
-from hacan.process import one_line_errors
+from hacan.errors import UserError, one_line_errors
+from hacan.lock import LOCK, OWNER, FolderLock
 from hacan.training.callbacks import BEST, LAST, PREVIOUS, AtomicCheckpointIO, KeepCheckpoints, LogShortEpochs
 
 
@@ -60,7 +57,7 @@ def weight(path):
 def test_last_previous_and_best(tmp_path):
     fit(tmp_path)
     assert [weight(tmp_path / name) for name in (LAST, PREVIOUS, BEST)] == [6.0, 4.0, 4.0]  # two steps an epoch
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([LAST, PREVIOUS, BEST])
+    assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS, BEST, LOCK}
 
 
 def test_a_resumed_run_has_the_old_rsum_to_beat(tmp_path):
@@ -82,11 +79,11 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch,
         sync(descriptor)
 
     monkeypatch.setattr("hacan.checkpoints.saving.os.fsync", full)
-    with pytest.raises(UserError, match=rf"cannot write .*{LAST}: No space left on device") as error:
+    with pytest.raises(UserError, match=r"cannot write .*(best|last).ckpt: No space left on device") as error:
         fit(tmp_path)
     assert "\n" not in str(error.value)
     whole = [] if fails == 1 else [BEST, LAST, PREVIOUS]
-    assert sorted(path.name for path in tmp_path.iterdir()) == whole  # no half file, no lock
+    assert {path.name for path in tmp_path.iterdir()} == {*whole, LOCK}  # no partial file, no owner of the lock
     assert all(weight(tmp_path / name) == 2.0 for name in whole)
     monkeypatch.undo()
     fit(tmp_path, ckpt_path=tmp_path / LAST if whole else None)
@@ -138,38 +135,53 @@ def test_a_read_only_folder_is_named_before_training(read_only, no_superuser):
     assert not list(read_only.iterdir())
 
 
-def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tmp_path):
-    first = FolderLock(tmp_path)
-    first.acquire()
-    with pytest.raises(UserError, match=rf"another run writes to .*process {os.getpid()} on .*save_path=PATH"):
-        fit(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # the refused run takes nothing away
-    first.release()
+def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("hacan.lock.WAIT_SECONDS", 0)
+    with FolderLock(tmp_path, remedy=""):
+        with pytest.raises(UserError, match=rf"in use by .*process {os.getpid()} on .*save_path=PATH"):
+            fit(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {LOCK, OWNER}  # the refused run changes nothing
     fit(tmp_path)
-    assert not (tmp_path / LOCK).exists()
+    FolderLock(tmp_path, remedy="", wait=0).acquire()
 
 
-def test_a_dead_process_holds_no_folder(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    mine = {"host": socket.gethostname(), "started": "1", "job": ""}
-    for pid in (dead.pid, os.getpid()):  # the number may have gone to another process since
-        (tmp_path / LOCK).write_text(json.dumps({**mine, "pid": pid}))
-        lock = FolderLock(tmp_path)
-        lock.acquire()
-        assert json.loads((tmp_path / LOCK).read_text())["started"] != "1"
-        lock.release()
+def test_a_killed_process_releases_the_folder(tmp_path):
+    code = (
+        "import sys, time, pathlib; from hacan.lock import FolderLock\n"
+        f"lock = FolderLock(pathlib.Path({str(tmp_path)!r}), remedy=''); lock.acquire()\n"
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on .*; wait"):
+        FolderLock(tmp_path, remedy="wait", wait=0).acquire()
+    holder.kill()
+    holder.wait()
+    FolderLock(tmp_path, remedy="", wait=0).acquire()
 
 
-@pytest.mark.parametrize(("job", "mine", "free"), [("17", "17", True), ("17", "18", False), ("", "", False)])
-def test_on_another_machine_only_the_same_slurm_job_is_known_to_be_over(tmp_path, monkeypatch, job, mine, free):
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "1", "job": job}))
-    monkeypatch.setenv("SLURM_JOB_ID", mine)
-    if free:
-        FolderLock(tmp_path).acquire()
-    else:
-        with pytest.raises(UserError, match=r"process 1 on elsewhere.*delete .*\.lock"):
-            FolderLock(tmp_path).acquire()
+@pytest.mark.parametrize("content", ["[]", "{", '{"pid": 1}'])
+def test_a_damaged_lock_file_is_no_obstacle(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    (tmp_path / OWNER).write_text(content)
+    first = FolderLock(tmp_path, remedy="", wait=0)
+    first.acquire()
+    (tmp_path / OWNER).write_text(content)
+    with pytest.raises(UserError, match="in use by another process; wait"):
+        FolderLock(tmp_path, remedy="wait", wait=0).acquire()
+    first.release()
+    first.release()
+
+
+def test_best_is_saved_before_last(tmp_path, monkeypatch):
+    """A kill between the two must not leave a last.ckpt whose state claims a best that is not there."""
+    saved = []
+    save = pl.Trainer.save_checkpoint
+    monkeypatch.setattr(
+        pl.Trainer, "save_checkpoint", lambda self, path, *rest: (saved.append(path.name), save(self, path, *rest))
+    )
+    fit(tmp_path, callbacks=[KeepCheckpoints(tmp_path)])
+    assert "best.ckpt" in saved and saved.index("best.ckpt") < saved.index("last.ckpt")
 
 
 def test_a_disk_that_is_full_elsewhere_is_one_line_too_and_other_errors_keep_their_traceback(capsys):
@@ -184,15 +196,15 @@ def test_a_disk_that_is_full_elsewhere_is_one_line_too_and_other_errors_keep_the
             raise other
 
 
-def test_an_error_gives_the_folder_back(tmp_path):
+def test_an_error_releases_the_folder(tmp_path):
     class Broken(pl.Callback):
         def on_train_batch_start(self, *_):
-            assert (tmp_path / LOCK).exists()
+            assert (tmp_path / OWNER).exists()
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
         fit(tmp_path, callbacks=[KeepCheckpoints(tmp_path), Broken()])
-    assert not (tmp_path / LOCK).exists()
+    FolderLock(tmp_path, remedy="", wait=0).acquire()
 
 
 def test_short_epochs_are_logged_too(tmp_path):

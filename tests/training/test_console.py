@@ -8,12 +8,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from hacan.training.console import HARMLESS, ProgressBar, quieten
+from hacan.training.console import HIDDEN_WARNINGS, ProgressBar, hide_framework_messages
 
 
 def test_tips_are_left_out_and_what_matters_is_not(caplog):
-    quieten()
-    quieten()  # once a trainer
+    hide_framework_messages()
+    hide_framework_messages()  # once a trainer
     with caplog.at_level(logging.INFO):
         rank_zero_info("💡 Tip: For seamless cloud logging, try something else")
         rank_zero_info("TPU available: False, using: 0 TPU cores")
@@ -25,13 +25,13 @@ def test_tips_are_left_out_and_what_matters_is_not(caplog):
 def test_warnings_that_matter_are_shown():
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        quieten()
+        hide_framework_messages()
         rank_zero_warn("It is recommended to use `self.log('val/rsum', ..., sync_dist=True)` when logging")
         rank_zero_warn("The train_dataloader does not have many workers which may be a bottleneck")
         warnings.warn("Grad strides do not match bucket view strides. This may indicate", stacklevel=1)
         warnings.warn("lr_scheduler.step() before optimizer.step()", stacklevel=1)
     assert [str(warning.message)[:8] for warning in shown] == ["The trai", "lr_sched"]
-    assert len(HARMLESS) == 5
+    assert len(HIDDEN_WARNINGS) == 5
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""The LightningModule: terms, schedule, freezing, warnings, and a loss that is not finite."""
+"""TrainingModule: loss terms, schedule, freezing, warnings, non-finite losses."""
 
 import logging
 
@@ -9,7 +9,8 @@ import torch
 from datamodules.sampling import TrainingOrder
 from hacan.errors import UserError
 from hacan.losses import global_loss, hard_negatives, triplet_ranking_loss, triplet_ranking_loss_all
-from hacan.training.trainer import build_trainer, build_training, precision_here
+from hacan.training.module import TrainingModule
+from hacan.training.trainer import build_trainer, effective_precision
 from hacan.types import PairBatch
 
 
@@ -29,13 +30,19 @@ def batch(pixels, captions):
 def make_training(make_settings, make_model):
     def make(**updates):
         settings = make_settings(**{"batch_size": 5, "per_gpu_batchsize": 5, **updates})
-        return build_training(settings, make_model(**updates), validate=None, describe=None)
+        return TrainingModule(
+            make_model(**updates),
+            loss=settings.loss,
+            train=settings.train,
+            seed=0,
+            pairs_per_step=settings.data.batch_size,
+        )
 
     return make
 
 
 class FakeTrainer:
-    """What `losses` asks of a trainer."""
+    """The part of a Trainer that `batch_loss` and `training_step` read."""
 
     world_size = 1
 
@@ -47,7 +54,7 @@ def losses_in(training, epoch, batch):
     training._trainer = FakeTrainer(epoch)
     images = training.model.encode_images(batch.images)
     texts = training.model.encode_texts(batch.token_ids, batch.token_mask)
-    total, terms = training.losses(images, texts, batch.image_ids)
+    total, terms = training.batch_loss(images, texts, batch.image_ids)
     return images, texts, total, terms
 
 
@@ -70,14 +77,14 @@ def test_the_mean_reduction_divides_by_the_pairs(make_training, batch):
     assert summed["triplet"] == pytest.approx(5 * mean["triplet"], rel=1e-5)
 
 
-def test_a_sum_counts_the_pairs_of_the_whole_optimiser_step(make_training, batch):
+def test_the_sum_reduction_counts_the_pairs_of_the_optimiser_step(make_training, batch):
     """Accumulated gradients are averaged: half a step must weigh as the whole step's pairs."""
     _, _, _, whole = losses_in(make_training(), 0, batch)
     _, _, _, half = losses_in(make_training(batch_size=10), 0, batch)
     assert half["triplet"] == pytest.approx(2 * whole["triplet"], rel=1e-5)
 
 
-def test_the_first_epochs_may_take_all_negatives_and_another_loss(make_training, batch):
+def test_warmup_uses_all_negatives_and_the_warmup_loss(make_training, batch):
     training = make_training(all_negatives_epochs=1, warmup_epochs=2, warmup_loss="InfoNCE")
     images, texts, _, terms = losses_in(training, 0, batch)
     scores = training.model.score(images, texts)
@@ -90,7 +97,7 @@ def test_the_first_epochs_may_take_all_negatives_and_another_loss(make_training,
 
 def test_the_learning_rate_falls_tenfold_every_ten_epochs(make_training):
     training = make_training()
-    rates = [training.learning_rate_of(epoch) for epoch in (0, 9, 10, 19, 20)]
+    rates = [training.learning_rate_at(epoch) for epoch in (0, 9, 10, 19, 20)]
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
 
 
@@ -123,7 +130,7 @@ def fit(training, batch, folder, *, epochs, callbacks=()):
     return trainer
 
 
-def test_backbones_stay_as_they_are_until_their_epoch(make_training, batch, tmp_path):
+def test_backbones_are_frozen_in_the_first_epochs(make_training, batch, tmp_path):
     watch = Frozen()
     training = make_training(freeze_backbone_epochs=1, learning_rate=1e-3)
     training.model.train()
@@ -154,7 +161,7 @@ def test_a_loss_that_is_not_finite_names_step_ids_and_terms(make_training, batch
     assert "\n" not in str(error.value)
 
 
-def test_a_form_that_is_not_finite_is_named_with_its_stream(make_training, batch, tmp_path, monkeypatch):
+def test_non_finite_scores_name_the_alignment_and_the_stream(make_training, batch, tmp_path, monkeypatch):
     training = make_training()
     equation = type(training.model.alignment).key_semantic_filter
     monkeypatch.setattr(type(training.model.alignment), "key_semantic_filter", lambda *args: equation(*args) / 0)
@@ -167,7 +174,7 @@ def none_of(batch):
 
 
 @pytest.mark.parametrize("encoder", ["convnext_atto", "tf_efficientnet_lite0"])
-def test_a_batch_without_a_readable_picture_adds_nothing(make_training, batch, encoder):
+def test_a_batch_without_a_readable_image_has_zero_gradient(make_training, batch, encoder):
     updates = {} if encoder == "convnext_atto" else {"image_encoder": encoder, "image_encoder_args": {}}
     training = make_training(**updates)
     training.model.train()
@@ -183,41 +190,41 @@ def test_a_batch_without_a_readable_picture_adds_nothing(make_training, batch, e
     assert {name for name, value in training.model.named_parameters() if value.grad is not None} <= reached
 
 
-def test_batch_after_batch_without_a_readable_picture_is_no_accident(make_training, batch):
+def test_training_stops_after_20_batches_without_a_readable_image(make_training, batch):
     training = make_training()
     training._trainer = FakeTrainer(0)
     for _ in range(19):
-        training._watch_unreadable(0)
-    training._watch_unreadable(1)
+        training._check_readable(0)
+    training._check_readable(1)
     for number in range(19):
         training.training_step(none_of(batch), number)
-    with pytest.raises(UserError, match=r"20 batches in a row without a readable picture.*resume_from=last"):
+    with pytest.raises(UserError, match=r"20 batches in a row without a readable image.*resume_from=last"):
         training.training_step(none_of(batch), 19)
 
 
-def test_a_collapse_is_said_once(make_training, caplog):
+def test_a_collapse_is_warned_of_once(make_training, caplog):
     training = make_training()
     with caplog.at_level(logging.WARNING):
         for _ in range(99):
-            training._watch_plateau(0.4)
+            training._warn_of_collapse(0.4)
         assert not caplog.records
         for _ in range(50):
-            training._watch_plateau(0.401)
+            training._warn_of_collapse(0.401)
     assert len(caplog.records) == 1
     assert "collapse" in caplog.text
 
 
-def test_a_loss_off_the_plateau_is_no_collapse(make_training, caplog):
+def test_a_varying_loss_is_not_a_collapse(make_training, caplog):
     training = make_training()
     for step in range(300):
-        training._watch_plateau(0.4 if step % 50 else 0.3)
+        training._warn_of_collapse(0.4 if step % 50 else 0.3)
     assert not caplog.records
 
 
 def test_half_precision_falls_back_on_a_cpu(make_settings, caplog):
     train = make_settings(precision="16-mixed").train
-    assert precision_here(train, on_gpu=True) == "16-mixed"
-    assert precision_here(train, on_gpu=False) == "32-true"
+    assert effective_precision(train, on_gpu=True) == "16-mixed"
+    assert effective_precision(train, on_gpu=False) == "32-true"
     assert "16-mixed" in caplog.text
 
 

@@ -11,10 +11,11 @@ from tiny_run import TINY_DEMO, assert_same, run_py, train_here
 from config import ex
 from hacan import pipeline
 from hacan.errors import UserError
+from hacan.lock import OWNER
 from hacan.settings import Settings
 from hacan.training.callbacks import BEST, LAST, PREVIOUS, KeepCheckpoints
-from hacan.training.module import Training
-from hacan.training.resume import check_resumed
+from hacan.training.module import TrainingModule
+from hacan.training.resume import check_same_run
 
 PARTS = ("state_dict", "optimizer_states", "callbacks", "PairDataModule", "global_step", "epoch")
 EXACT = {  # 60 pairs: 3 steps of 2 batches an epoch; backbones wake up in the second, the rate falls in the third
@@ -116,7 +117,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(settings_in, kill_at, whole, tm
     with pytest.raises(Killed):
         train_here(settings_in(tmp_path), tmp_path)
     patched.undo()
-    assert not (tmp_path / "checkpoints" / ".lock").exists()
+    assert not (tmp_path / "checkpoints" / OWNER).exists()
     best = train_here(settings_in(tmp_path, resume_from="last"), tmp_path)
     assert best == tmp_path / "checkpoints" / BEST
     same_end(best.parent, whole)
@@ -178,14 +179,14 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_offered(settings_
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(settings_in, tmp_path, monkeypatch):
-    losses = Training.losses
+    losses = TrainingModule.batch_loss
 
     def diverge(self, *arguments, **options):
         total, terms = losses(self, *arguments, **options)
         bad = self.current_epoch == 1 and self.trainer.fit_loop.epoch_loop.batch_idx == 3
         return (total * float("nan"), terms | {"total": float("nan")}) if bad else (total, terms)
 
-    monkeypatch.setattr(Training, "losses", diverge)
+    monkeypatch.setattr(TrainingModule, "batch_loss", diverge)
     with pytest.raises(
         UserError, match=r"not finite at epoch 1, batch 3, optimiser step 4 \(total nan, triplet .*captions"
     ):
@@ -203,7 +204,7 @@ def test_another_model_or_other_batches_are_refused(settings_in, whole, tmp_path
     for updates in ({"embed_dim": 17}, {"per_gpu_batchsize": 5}, {"direction": "i2t"}):
         with pytest.raises(UserError, match=f"^{next(iter(updates))}=.*checkpoint=PATH"):
             train_here(settings_in(tmp_path, resume_from=last, **updates), tmp_path)
-    check_resumed(
+    check_same_run(
         settings_in(tmp_path, margin=0.3), torch.load(last, weights_only=True)["hacan"]["settings"], source=last
     )
     assert "margin was 0.2, is 0.3" in caplog.text

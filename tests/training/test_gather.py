@@ -11,7 +11,7 @@ from torch import nn
 
 from hacan.alignment import HybridAlignment
 from hacan.losses import global_loss, hard_negatives, triplet_ranking_loss
-from hacan.training.distributed import Gatherer
+from hacan.training.distributed import gather_counts, gather_rows, gather_texts
 from hacan.types import EncodedImages, EncodedTexts
 
 WIDTH, JOINT = 6, 5
@@ -51,10 +51,10 @@ def loss_of(model, rows, *, gather):
     images, texts = model(pixels, tokens, mask)
     align = HybridAlignment(direction="t2i", lambda_softmax=9.0, focal_type="prob")
     if gather:
-        processes = Gatherer.agree(len(image_ids), image_ids.device)
-        texts = processes.texts(texts)
-        scores, pooled = processes.rows(align(images, texts)), processes.rows(images.pooled)
-        image_ids = processes.rows(image_ids)
+        counts = gather_counts(len(image_ids), image_ids.device)
+        texts = gather_texts(texts, counts)
+        scores, pooled = gather_rows(align(images, texts), counts), gather_rows(images.pooled, counts)
+        image_ids = gather_rows(image_ids, counts)
     else:
         scores, pooled = align(images, texts), images.pooled
     negatives = hard_negatives(scores.detach(), image_ids)
