@@ -14,7 +14,7 @@ from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
 from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
-from hacan.images.io import read_picture
+from hacan.images.io import read_image
 from hacan.images.preprocessing import normalise
 
 
@@ -96,7 +96,7 @@ class _Pictures(Dataset):
     def __getitem__(self, position: int) -> tuple[int, Tensor | BadPicture]:
         path = str(self._paths[position])
         try:
-            return self._rows[position], self._transform(read_picture(path))
+            return self._rows[position], self._transform(read_image(path))
         except UserError as error:
             return self._rows[position], BadPicture(path, str(error))
 

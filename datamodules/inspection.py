@@ -17,7 +17,7 @@ from datamodules.readers import read_records
 from datamodules.records import SPLITS, CaptionedImage
 from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
 from hacan.errors import UserError
-from hacan.images.io import read_picture
+from hacan.images.io import read_image
 
 SCENES = Layout(folders=("scenes",), picture_folders=("",), json_name=SCENES_JSON)  # as they lie, never drawn here
 LOOKED_FOR = {
@@ -108,7 +108,7 @@ def _listed_records(name: str, data_root: Path, *, use_restval: bool) -> list[Ca
 def _undecodable(records: Sequence[CaptionedImage], *, progress: bool) -> Iterator[tuple[CaptionedImage, str]]:
     def reason(record: CaptionedImage) -> str | None:
         try:
-            read_picture(record.path)
+            read_image(record.path)
         except UserError as error:
             return str(error)
         return None

@@ -15,7 +15,7 @@ from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
 from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
-from hacan.images.io import read_picture
+from hacan.images.io import read_image
 from hacan.types import PairBatch
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class TrainingPairs(Dataset):
         image = int(self._image_of_text[caption])
         path = str(self._paths[image])
         try:
-            picture = read_picture(path)
+            picture = read_image(path)
         except UserError as error:
             return BadPicture(path, str(error))
         with seeded(derived_seed(self._seed, epoch, caption)):

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from datamodules.framing import Framing
-from hacan.images.preprocessing import as_tensor, evaluation_square
+from hacan.images.preprocessing import resize_image, to_tensor
 
 Transform = Callable[[np.ndarray], Tensor]
 
@@ -34,7 +34,7 @@ class _TrainingCrop:
         self._crop = v2.RandomResizedCrop(image_size, scale=framing.crop_area, ratio=framing.crop_ratio)
 
     def __call__(self, picture: np.ndarray) -> Tensor:
-        image = as_tensor(picture)
+        image = to_tensor(picture)
         box = self._crop.make_params([image])
         image = F.resized_crop(image, **box, size=self._size, antialias=True)
         return F.horizontal_flip(image) if self._flip and torch.rand(1).item() < 0.5 else image
@@ -45,4 +45,4 @@ class _EvaluationSquare:
         self._size, self._centre_crop = image_size, framing.centre_crop
 
     def __call__(self, picture: np.ndarray) -> Tensor:
-        return evaluation_square(picture, image_size=self._size, centre_crop=self._centre_crop)
+        return resize_image(picture, image_size=self._size, centre_crop=self._centre_crop)

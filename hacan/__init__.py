@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hacan.checkpoints.pretrained import Pretrained
 
+# The largest image that OpenCV decodes, in pixels; it reads the variable when it is imported (hacan/images/io.py).
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
+
 try:
     getpass.getuser()  # torch calls it on import
 except (KeyError, OSError):  # a user id without a name, as in `docker run --user 12345`

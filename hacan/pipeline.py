@@ -21,7 +21,7 @@ from hacan.checkpoints.description import DESCRIPTION, describe_model
 from hacan.checkpoints.opening import FOLLOWED
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.images.preprocessing import is_centre_cropped
+from hacan.images.preprocessing import uses_centre_crop
 from hacan.models.hacan import HACAN
 from hacan.report.page import write_report
 from hacan.retrieval.eccv_cxc import check_judged, coco_ids, find_annotations
@@ -177,7 +177,7 @@ def _pretrained(
         model=model,
         tokenizer=tokenizer,
         image_size=settings.data.image_size,
-        centre_crop=is_centre_cropped(settings.data.datasets),
+        centre_crop=uses_centre_crop(settings.data.datasets),
         max_text_len=settings.data.max_text_len,
         device=device,
     )
@@ -191,7 +191,7 @@ def protocol_of(settings: Settings) -> Protocol:
 def split_of(data: Any, settings: Settings, name: str, *, hashed: bool) -> Split:
     """A split of the data module as the evaluator takes it; `hashed`: with the hash of its pictures' contents."""
     part = data.eval_split(name)
-    framing = f"{settings.data.image_size} {is_centre_cropped(settings.data.datasets)}"
+    framing = f"{settings.data.image_size} {uses_centre_crop(settings.data.datasets)}"
     return Split(
         dataset=settings.data.datasets,
         name=name,

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from hacan.checkpoints.checkpoint import open_checkpoint
 from hacan.checkpoints.description import tokenizer_from_description
 from hacan.errors import UserError
-from hacan.images.io import read_picture
-from hacan.images.preprocessing import evaluation_pixels, is_centre_cropped
+from hacan.images.io import read_image
+from hacan.images.preprocessing import preprocess_image, uses_centre_crop
 from hacan.models.hacan import HACAN
 from hacan.types import EncodedImages, EncodedTexts
 
@@ -59,7 +59,7 @@ class Pretrained:
             model=checkpoint.model,
             tokenizer=tokenizer_from_description(checkpoint.description),
             image_size=settings["image_size"],
-            centre_crop=is_centre_cropped(settings["datasets"]),
+            centre_crop=uses_centre_crop(settings["datasets"]),
             max_text_len=settings["max_text_len"],
             device=device,
         )
@@ -98,8 +98,8 @@ class Pretrained:
         return self.model.global_similarity(images, texts)
 
     def _pixels(self, picture: str | Path | np.ndarray) -> Tensor:
-        array = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-        return evaluation_pixels(array, image_size=self.image_size, centre_crop=self.centre_crop)
+        array = picture if isinstance(picture, np.ndarray) else read_image(picture)
+        return preprocess_image(array, image_size=self.image_size, centre_crop=self.centre_crop)
 
     def _encode_some(self, captions: list[str]) -> EncodedTexts:
         # a lone half of an emoji, which JSON can hold, is no text to the tokenizer

@@ -1,60 +1,78 @@
-"""The one reader of picture files: decoded by OpenCV to RGB, its size read from the header first.
+"""Reading image files: Pillow judges the header, OpenCV decodes to RGB.
 
-Training, evaluation, inference, search and reports read through here, so that all see the same pixels, and none of
-them decodes a bomb. Nothing of torch: what only looks at pictures (`scripts/check_data.py`) starts quickly.
+Training, evaluation, inference, search and reports read images here, so that all see the same pixels and none decodes
+a decompression bomb. Independent of torch, so that scripts/check_data.py starts quickly.
 """
 
+import io
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from hacan.errors import UserError
-from hacan.images.picture_size import KINDS, header_size
 
-# What OpenCV says of a damaged picture names no file; our errors do.
+# OpenCV's messages about damaged images do not name the file; ours do.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below the limit at which Pillow refuses
 
-PIXEL_LIMIT = 178_956_970  # pixels; twice this is where Pillow refuses to decode as well
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 178_956_970  # Pillow refuses more; hacan/__init__.py sets the same limit for OpenCV
 
 
-def read_picture(path: Path | str) -> np.ndarray:
-    """The picture at `path`, [H, W, 3] uint8 RGB, turned upright by its EXIF orientation.
+def read_image(path: Path | str) -> np.ndarray:
+    """Return the image at `path` as [H, W, 3] uint8 RGB, rotated as its EXIF orientation says.
 
-    Gray pictures get three equal channels, 16-bit ones are scaled to 8 bits, an alpha channel is dropped. Whatever
-    cannot be decoded, or would fill the memory (more than `PIXEL_LIMIT` pixels), is a `UserError` naming the file.
+    Grey images get three equal channels, 16 bits are scaled to 8, an alpha channel is dropped. Raise `UserError`, with
+    the path, if the file cannot be read or decoded or has more than `MAX_PIXELS` pixels.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"picture {path} cannot be read: there is no such file") from error
+        raise UserError(f"image {path} cannot be read: there is no such file") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"picture {path} cannot be read: {error}") from error
-    return decode_picture(content, name=f"picture {path}")
+        raise UserError(f"image {path} cannot be read: {error}") from error
+    return decode_image(content, name=f"image {path}")
 
 
-def decode_picture(content: bytes, *, name: str, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
-    """The picture of a file's content, as `read_picture` gives it; `name` begins the message of what is wrong with it.
+def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the image that the bytes of a file hold, as `read_image` does.
 
-    Only kinds of files whose header tells the size are decoded: of others nobody knows how much memory they take.
+    Raise `UserError`, beginning with `name`, if it cannot be decoded or has more than `max_pixels` pixels.
     """
     if not content:
         raise UserError(f"{name} cannot be decoded: the file is empty")
-    size = header_size(content)
-    if size is None:
-        raise UserError(
-            f"{name} cannot be decoded: it is damaged, or not a picture of a kind that is read here ({KINDS})"
-        )
-    if size[0] * size[1] > pixel_limit:
-        raise UserError(
-            f"{name} claims to be {size[0]} x {size[1]} pixels: more than {pixel_limit:,} are not decoded "
-            "(a decompression bomb?); shrink or remove it"
-        )
+    width, height = _size_in_header(content, name=name)
+    _check_size(width, height, name=name, max_pixels=max_pixels)
     try:
-        picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
         raise UserError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from error
-    if picture is None:
+    if image is None:
         raise UserError(f"{name} cannot be decoded: it is damaged ({len(content)} bytes)")
-    return picture
+    _check_size(image.shape[1], image.shape[0], name=name, max_pixels=max_pixels)  # two parsers may disagree
+    return image
+
+
+def _size_in_header(content: bytes, *, name: str) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} is not decoded: {error} Shrink or remove it") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{name} cannot be decoded: it is damaged, or not an image of a known format ({', '.join(FORMATS)})"
+        ) from error
+    except Exception as error:  # Pillow's plugins raise many kinds of errors for damaged headers
+        raise UserError(f"{name} cannot be decoded: its header is damaged ({' '.join(str(error).split())})") from error
+
+
+def _check_size(width: int, height: int, *, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise UserError(
+            f"{name} has {width} x {height} pixels: more than {max_pixels:,} are not decoded (a decompression bomb?); "
+            "shrink or remove it"
+        )

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.images.io import read_picture
-from hacan.images.preprocessing import MEAN, STD, evaluation_pixels
+from hacan.images.io import read_image
+from hacan.images.preprocessing import MEAN, STD, preprocess_image
 from hacan.report.attention import pair_attention
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ class Explanation(NamedTuple):
 
 def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: str) -> Explanation:
     """The heatmaps of a picture (a file, or uint8 [H, W, 3] RGB) and a caption; pieces of a word are averaged."""
-    array, caption = picture if isinstance(picture, np.ndarray) else read_picture(picture), _whole(caption)
+    array, caption = picture if isinstance(picture, np.ndarray) else read_image(picture), _whole(caption)
     size = pretrained.image_size
-    seen = picture_of(evaluation_pixels(array, image_size=size, centre_crop=pretrained.centre_crop))
+    seen = picture_of(preprocess_image(array, image_size=size, centre_crop=pretrained.centre_crop))
     attention = pair_attention(
         pretrained.model.alignment, pretrained.encode_images([array]), pretrained.encode_texts([caption])
     )

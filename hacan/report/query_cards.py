@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from hacan.images.io import read_picture
+from hacan.images.io import read_image
 from hacan.report.gallery import Item, Query
 from hacan.report.tables import DIRECTIONS
 from hacan.report.thumbnails import data_uri, shrunk
@@ -78,7 +78,7 @@ class QueryCards:
 
     def _picture(self, image: int) -> str:
         if image not in self._thumbnails:
-            self._thumbnails[image] = data_uri(shrunk(read_picture(self._paths[image]), THUMBNAIL))
+            self._thumbnails[image] = data_uri(shrunk(read_image(self._paths[image]), THUMBNAIL))
         name = html.escape(Path(self._paths[image]).name)
         return f'<img src="{self._thumbnails[image]}" alt="{name}" title="{name}" loading="lazy">'
 

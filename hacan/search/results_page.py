@@ -8,7 +8,7 @@ import numpy as np
 
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.images.io import read_picture
+from hacan.images.io import read_image
 from hacan.report.heatmaps import STREAM_NAMES, explain, overlay
 from hacan.report.thumbnails import data_uri, shrunk
 from hacan.retrieval.store import write_atomically
@@ -87,7 +87,7 @@ def write_sheet(
 
 
 def _thumbnail(path: str | Path) -> str:
-    return data_uri(shrunk(read_picture(path), THUMBNAIL))
+    return data_uri(shrunk(read_image(path), THUMBNAIL))
 
 
 def _maps(pretrained: Pretrained, picture: str | Path | np.ndarray, text: str) -> str:

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hacan.errors import UserError
-from hacan.images.io import read_picture
+from hacan.images.io import read_image
 from hacan.report.heatmaps import STREAM_NAMES, overlay
 from hacan.report.thumbnails import data_uri, jpeg, shrunk
 from hacan.search.index import PICTURES, TEXTS, Index, Result
@@ -136,7 +136,7 @@ def _item(index: Index, row: int) -> dict[str, Any]:
 def _read(index: Index, row: int) -> Any:
     for path in _item(index, row)["paths"]:
         if Path(path).is_file():
-            return read_picture(path)
+            return read_image(path)
     raise HTTPException(410, "the picture's file has gone; index the folder again")
 
 

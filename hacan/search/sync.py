@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.images.io import read_picture
+from hacan.images.io import read_image
 from hacan.search.collection import Shelf, free_rows
 from hacan.search.folder import hash_of_file, hash_of_text, pictures_below
 from hacan.search.store import Item
@@ -106,7 +106,7 @@ def _add_pictures(
     pictures, payloads = [], []
     for content, paths in part:
         try:
-            pictures.append(read_picture(paths[0]))
+            pictures.append(read_image(paths[0]))
             payloads.append({"hash": content, "paths": sorted(paths)})
         except UserError as error:
             bad += [(path, str(error)) for path in paths]

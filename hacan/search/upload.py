@@ -3,7 +3,7 @@
 import numpy as np
 
 from hacan.errors import UserError
-from hacan.images.io import decode_picture
+from hacan.images.io import decode_image
 
 
 def picture_of_upload(content: bytes, *, most_pixels: int) -> np.ndarray:
@@ -11,4 +11,4 @@ def picture_of_upload(content: bytes, *, most_pixels: int) -> np.ndarray:
     webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
     if not webp and not content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
         raise UserError("that file is no JPEG, PNG or WebP picture: choose another one")
-    return decode_picture(content, name="the picture", pixel_limit=most_pixels)
+    return decode_image(content, name="the picture", max_pixels=most_pixels)

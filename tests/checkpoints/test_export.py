@@ -22,7 +22,7 @@ from hacan.checkpoints.checkpoint import atomic_save, describe_model, open_check
 from hacan.checkpoints.export import export
 from hacan.checkpoints.onnx_export import export_onnx
 from hacan.errors import UserError
-from hacan.images.preprocessing import evaluation_pixels
+from hacan.images.preprocessing import preprocess_image
 from hacan.retrieval.features import hash_of_tensors
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def pictures():
 
 @torch.no_grad()
 def scores_of(model, tokenizer, pictures):
-    pixels = torch.stack([evaluation_pixels(picture, image_size=64) for picture in pictures])
+    pixels = torch.stack([preprocess_image(picture, image_size=64) for picture in pictures])
     tokens = tokenizer(CAPTIONS, truncation=True, max_length=12, padding=True, return_tensors="pt")
     texts = model.encode_texts(tokens["input_ids"], tokens["attention_mask"].bool())
     return model.score(model.encode_images(pixels), texts)

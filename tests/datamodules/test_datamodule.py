@@ -319,7 +319,7 @@ def kill_self(_):
 
 @pytest.mark.parametrize("room", ["training_data", "evaluation_data"])
 def test_a_dead_worker_is_one_line(records, monkeypatch, room):
-    monkeypatch.setattr(f"datamodules.{room}.read_picture", kill_self)
+    monkeypatch.setattr(f"datamodules.{room}.read_image", kill_self)
     data = module(records, num_workers=2)
     batches = data.train_dataloader() if room == "training_data" else data.eval_images("val")
     message = error_of(list, batches)
@@ -330,7 +330,7 @@ def test_other_errors_of_workers_keep_their_traceback(records, monkeypatch):
     def broken(_):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr("datamodules.training_data.read_picture", broken)
+    monkeypatch.setattr("datamodules.training_data.read_image", broken)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         list(module(records, num_workers=1).train_dataloader())
 
@@ -363,8 +363,8 @@ def test_each_picture_of_a_split_comes_once_and_is_decoded_once(records, num_wor
     import datamodules.evaluation_data as room
 
     calls = []
-    read = room.read_picture
-    monkeypatch.setattr(room, "read_picture", lambda path: calls.append(path) or read(path))
+    read = room.read_image
+    monkeypatch.setattr(room, "read_image", lambda path: calls.append(path) or read(path))
     data = module(records, num_workers=num_workers)
     images = data.eval_images("val")
     batches = list(images)

@@ -1,5 +1,6 @@
-"""The one reader of picture files: kinds, orientation, bombs, and errors that name the file."""
+"""Reading image files: formats, orientation, decompression bombs, errors that name the file."""
 
+import os
 import struct
 import zlib
 
@@ -9,10 +10,11 @@ import pytest
 from bad_json import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import hacan.images.io
-from hacan.images.io import PIXEL_LIMIT, decode_picture, read_picture
-from hacan.images.picture_size import header_size
+from hacan.errors import UserError
+from hacan.images.io import MAX_PIXELS, decode_image, read_image
 
 RGB = (200, 100, 50)
 
@@ -32,7 +34,7 @@ def encoded(kind, height=30, width=46):
 def test_formats_come_out_as_rgb(tmp_path, kind):
     path = tmp_path / f"Straße 犬 {kind}"  # the name says nothing about the format
     path.write_bytes(encoded(kind))
-    read = read_picture(path)
+    read = read_image(path)
     assert read.shape == (30, 46, 3) and read.dtype == np.uint8
     assert np.abs(read.reshape(-1, 3).astype(int) - RGB).max() <= 6
 
@@ -49,7 +51,7 @@ def test_formats_come_out_as_rgb(tmp_path, kind):
 def test_gray_deep_and_transparent_pictures(tmp_path, pixels):
     path = tmp_path / "x.png"
     path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
-    assert np.array_equal(read_picture(path), np.full((5, 7, 3), 90, np.uint8))
+    assert np.array_equal(read_image(path), np.full((5, 7, 3), 90, np.uint8))
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
@@ -61,28 +63,27 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path, orientation, corne
     jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
     path = tmp_path / "x.jpg"
     path.write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
-    read = read_picture(path)
+    read = read_image(path)
     assert read.shape[:2] == ((16, 32) if orientation in (1, 3) else (32, 16))
     assert read[corner].min() > 240
     assert sum(read[y, x].min() > 128 for y in (0, -1) for x in (0, -1)) == 1
-    assert header_size(path.read_bytes()) == (32, 16)
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "x.png"
-    assert "there is no such file" in error_of(read_picture, path)
-    assert "cannot be read" in error_of(read_picture, tmp_path)
-    assert "cannot be read" in error_of(read_picture, "a\0b")
+    assert "there is no such file" in error_of(read_image, path)
+    assert "cannot be read" in error_of(read_image, tmp_path)
+    assert "cannot be read" in error_of(read_image, "a\0b")
     for content, part in [
         (b"", "the file is empty"),
-        (b"<html>404</html>", "damaged, or not a picture"),
-        (encoded("ppm"), "JPEG, PNG, WebP, GIF, BMP, TIFF"),  # its header is not read: how large would it become?
-        (encoded("png")[:20], "damaged, or not a picture"),
+        (b"<html>404</html>", "damaged"),
+        (encoded("ppm"), "JPEG, PNG, WEBP, GIF, BMP, TIFF"),
+        (encoded("png")[:20], "damaged"),
         (encoded("png")[:90], "damaged"),
         (encoded("jpg")[:200], "damaged"),
     ]:
         path.write_bytes(content)
-        message = error_of(read_picture, path)
+        message = error_of(read_image, path)
         assert str(path) in message and part in message
 
 
@@ -90,8 +91,8 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_files_that_were_cut_off_are_not_half_decoded(kind, share, capfd):
     noise = cv2.imencode(f".{kind}", picture(90, 120))[1].tobytes()
-    assert decode_picture(noise, name="x").shape == (90, 120, 3)
-    assert error_of(decode_picture, noise[: int(len(noise) * share)], name="x").startswith("x cannot be decoded")
+    assert decode_image(noise, name="x").shape == (90, 120, 3)
+    assert error_of(decode_image, noise[: int(len(noise) * share)], name="x").startswith("x cannot be decoded")
     assert "OpenCV" not in capfd.readouterr().err
 
 
@@ -116,34 +117,57 @@ def no_decoding(monkeypatch):
 def test_a_decompression_bomb_is_not_decoded(tmp_path, no_decoding):
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb())
-    message = error_of(read_picture, path)
-    assert "40000 x 30000" in message and str(path) in message
-    assert 40_000 * 30_000 > PIXEL_LIMIT > 100_000_000  # scans of maps and paintings are fine
+    message = error_of(read_image, path)
+    assert "1200000000 pixels" in message and str(path) in message
+    assert 40_000 * 30_000 > MAX_PIXELS > 100_000_000  # scans of maps and paintings are fine
 
 
 def test_a_limit_of_ones_own_counts_pixels(no_decoding):
-    message = error_of(decode_picture, encoded("png"), name="the upload", pixel_limit=30 * 46 - 1)
-    assert message.startswith("the upload claims to be 46 x 30 pixels: more than 1,379")
+    message = error_of(decode_image, encoded("png"), name="the upload", max_pixels=30 * 46 - 1)
+    assert message.startswith("the upload has 46 x 30 pixels: more than 1,379")
 
 
 def test_as_many_pixels_as_the_limit_are_decoded():
-    assert decode_picture(encoded("png"), name="x", pixel_limit=30 * 46).shape == (30, 46, 3)
+    assert decode_image(encoded("png"), name="x", max_pixels=30 * 46).shape == (30, 46, 3)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "webp", "tiff", "gif"])
 @pytest.mark.parametrize(("height", "width"), [(30, 46), (513, 7)])
-def test_size_from_the_header(kind, height, width):
-    assert header_size(encoded(kind, height, width)) == (width, height)
+def test_the_size_in_the_header_is_checked_before_decoding(kind, height, width, no_decoding):
+    message = error_of(decode_image, encoded(kind, height, width), name="x", max_pixels=height * width - 1)
+    assert message.startswith(f"x has {width} x {height} pixels")
 
 
-def test_size_of_lossless_webp_old_bmp_and_big_endian_tiff():
-    lossless = cv2.imencode(".webp", picture(9, 300), [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()
-    assert lossless[12:16] == b"VP8L" and header_size(lossless) == (300, 9)
-    extended = b"RIFF" + bytes(4) + b"WEBPVP8X" + bytes(8) + (699).to_bytes(3, "little") + (44).to_bytes(3, "little")
-    assert header_size(extended) == (700, 45)
-    assert header_size(b"BM" + bytes(12) + struct.pack("<IHH", 12, 70, 50)) == (70, 50)
-    entries = struct.pack(">HHIHHHHII", 256, 3, 1, 80, 0, 257, 4, 1, 60)
-    assert header_size(b"MM\0*" + struct.pack(">IH", 8, 2) + entries) == (80, 60)
+def test_the_decoded_size_is_checked_too(monkeypatch):
+    """Two parsers may disagree about a file."""
+    monkeypatch.setattr("hacan.images.io._size_in_header", lambda content, name: (16, 16))
+    assert "x has 46 x 30 pixels" in error_of(decode_image, encoded("jpg"), name="x", max_pixels=1000)
+
+
+def test_opencv_itself_refuses_more_than_the_limit(monkeypatch):
+    monkeypatch.setattr("hacan.images.io._size_in_header", lambda content, name: (16, 16))
+    assert "cannot be decoded" in error_of(decode_image, bomb(), name="x")
+    assert int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]) == MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+
+
+def decoy(size):
+    """A JPEG whose true header follows a stuffed `FF 00` and a header of 16 x 16 that no decoder reads."""
+    jpeg = cv2.imencode(".jpg", np.zeros((*size, 3), np.uint8))[1].tobytes()
+    small = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+    at = small.index(b"\xff\xc0")
+    frame = small[at : at + 2 + int.from_bytes(small[at + 2 : at + 4], "big")]
+    return jpeg[:2] + b"\xff\x00" + (len(frame) + 2).to_bytes(2, "big") + frame[2:] + jpeg[2:]
+
+
+def test_a_decoy_header_does_not_hide_the_true_size(no_decoding):
+    assert "x has 400 x 300 pixels" in error_of(decode_image, decoy((300, 400)), name="x", max_pixels=100_000)
+
+
+def test_a_jpeg_with_extra_bytes_before_a_marker_is_read():
+    jpeg = encoded("jpg")
+    end = 4 + int.from_bytes(jpeg[4:6], "big")  # of the first segment
+    for extra in (b"\x00", b"\x12\x34", b"\xff\xff"):
+        assert decode_image(jpeg[:end] + extra + jpeg[end:], name="x").shape == (30, 46, 3)
 
 
 @settings(max_examples=200, deadline=None)
@@ -152,7 +176,9 @@ def test_size_of_lossless_webp_old_bmp_and_big_endian_tiff():
     cut=st.integers(0, 60),
     tail=st.binary(max_size=30),
 )
-def test_damaged_headers_never_crash(start, cut, tail):
+def test_damaged_headers_raise_nothing_but_user_errors(start, cut, tail):
     for content in (start[:cut] + tail, tail):
-        size = header_size(content)
-        assert size is None or len(size) == 2
+        try:
+            assert decode_image(content, name="x", max_pixels=10_000).shape[2] == 3
+        except UserError as error:
+            assert str(error).startswith("x ")

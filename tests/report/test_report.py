@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hacan.alignment import FineAlignment, HybridAlignment, RevisedAlignment
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.images.preprocessing import evaluation_pixels
+from hacan.images.preprocessing import preprocess_image
 from hacan.report.attention import pair_attention
 from hacan.report.charts import Line, line_chart, nice_ticks
 from hacan.report.gallery import Item, build_gallery, choose_queries
@@ -165,7 +165,7 @@ def test_an_overlay_is_bright_where_the_map_is_high_and_the_picture_where_it_is_
 def test_the_picture_below_is_the_one_that_the_model_sees():
     generator = np.random.default_rng(0)
     picture = cv2.resize(generator.integers(0, 256, (9, 14, 3), dtype=np.uint8), (140, 90))
-    seen = picture_of(evaluation_pixels(picture, image_size=64))
+    seen = picture_of(preprocess_image(picture, image_size=64))
     assert seen.shape == (64, 64, 3)
     resized = cv2.resize(picture, (round(140 * 73 / 90), 73), interpolation=cv2.INTER_AREA)
     top, left = (73 - 64) // 2, (resized.shape[1] - 64) // 2
@@ -206,7 +206,7 @@ class CellColours:
         self.model = SimpleNamespace(alignment=alignment, region_grids=lambda height, width: ((6, 4), (3, 2)))
 
     def encode_images(self, pictures):
-        pixels = torch.stack([evaluation_pixels(p, image_size=48, centre_crop=False) for p in pictures]).sign()
+        pixels = torch.stack([preprocess_image(p, image_size=48, centre_crop=False) for p in pictures]).sign()
         high, mid = (F.adaptive_avg_pool2d(pixels, size).flatten(2).mT for size in ((3, 2), (6, 4)))
         return EncodedImages(high, mid, F.normalize(high.mean(1)))
 
@@ -398,7 +398,7 @@ def evaluated(make_model, tokenizer, tmp_path):
     def image_batches(rows):
         for row in rows:
             picture = cv2.imread(str(paths[row]), cv2.IMREAD_COLOR_RGB)
-            yield torch.tensor([row]), evaluation_pixels(picture, image_size=64)[None]
+            yield torch.tensor([row]), preprocess_image(picture, image_size=64)[None]
 
     def text_batches(rows):
         for row in rows:
