@@ -4,7 +4,8 @@ Orientation, everywhere: images are rows, texts are columns of every score matri
 Letters: B pairs of a batch, N images, M texts, R regions, W tokens, d the joint width, L the tokens of all texts.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +65,34 @@ class HardNegatives(NamedTuple):
 
     text_of_image: Tensor  # [B] int64: the text that image i is most wrongly matched with
     image_of_text: Tensor  # [B] int64: the image that text j is most wrongly matched with
+
+
+class Split(NamedTuple):
+    """N images and M captions to evaluate, numbered in the order of the split.
+
+    image_batches(rows) yields (rows [B], pixels [B, 3, H, W]) of the images asked for, text_batches(rows) yields
+    (rows [B], token_ids [B, W], mask [B, W]) of the captions, at most `batch_size` at a time and in any order.
+    """
+
+    dataset: str
+    name: str  # train, val or test
+    ids: Sequence[Any]  # N image ids
+    captions: Sequence[str]  # M
+    image_of_text: Tensor  # [M] int64
+    image_batches: Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor]]]
+    text_batches: Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
+    batch_size: int
+    images_hash: str = ""  # of the image files and their preprocessing; required to cache features
+    coco_ids: tuple[Sequence[int], Sequence[int]] | None = None  # of images and captions, for ECCV Caption and CxC
+
+
+class Processes(NamedTuple):
+    """Place of this process among those that evaluate together; by default there is one."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+    gather: Callable[[Tensor], list[Tensor]] = lambda shard: [shard]  # the tensors of all processes, by rank
 
 
 class Gallery(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hacan.errors import UserError
-from hacan.retrieval.compare import compare_results, load_result
+from hacan.retrieval.significance import compare_results, load_result
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -88,5 +88,5 @@ def test_the_test_split_is_written_printed_and_the_same_twice(demo, tmp_path, ca
 
 
 def test_alone_there_is_one_process(demo):
-    processes = pipeline.processes_here()
+    processes = pipeline.current_processes()
     assert (processes.rank, processes.world_size) == (0, 1)

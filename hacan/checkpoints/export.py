@@ -16,7 +16,7 @@ from hacan.checkpoints.description import CONFIG_FILE, WEIGHTS_FILE
 from hacan.checkpoints.onnx_export import OnnxFile, export_onnx
 from hacan.checkpoints.saving import file_hash
 from hacan.errors import UserError
-from hacan.retrieval.features import hash_of_tensors
+from hacan.retrieval.provenance import hash_of_tensors
 from hacan.settings import ModelSettings
 
 # What inference must know beside the model's own settings. Folders of the training machine stay there.

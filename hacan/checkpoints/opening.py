@@ -15,7 +15,7 @@ from hacan.models.hacan import HACAN
 from hacan.models.text_encoder import check_vocabulary
 from hacan.settings import Settings
 
-FOLLOWED = ("image_size", "max_text_len")  # data settings that belong to the model, and travel in its checkpoint
+MODEL_DATA_KEYS = ("image_size", "max_text_len")  # data settings that belong to the model, and travel in its checkpoint
 
 
 def open_models(
@@ -58,14 +58,14 @@ def open_models(
             check_vocabulary(tokenizer, model.text_encoder.backbone, name=path)
         return models, tokenizer, settings
     _check_ensemble(settings.run.checkpoint, opened)
-    kept = {key: first.description["settings"][key] for key in FOLLOWED}
+    kept = {key: first.description["settings"][key] for key in MODEL_DATA_KEYS}
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **kept))
     return models, tokenizer_from_description(first.description), settings
 
 
 def _check_ensemble(paths: tuple[str, ...], opened: list[Checkpoint]) -> None:
     """Members of an ensemble must have been trained on the same kind of pixels and tokens."""
-    for key in (*FOLLOWED, "tokenizer"):
+    for key in (*MODEL_DATA_KEYS, "tokenizer"):
         found = {}
         for path, checkpoint in zip(paths, opened, strict=True):
             if checkpoint.description is not None:

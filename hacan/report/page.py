@@ -25,8 +25,8 @@ from hacan.report.tables import (
 )
 from hacan.report.training_log import find_training_log, training_charts
 from hacan.report.viewer import Pair, pairs_to_explain, viewer_data
-from hacan.retrieval.evaluate import Evaluation
-from hacan.retrieval.provenance import name_of_alignment
+from hacan.retrieval.provenance import alignment_title
+from hacan.retrieval.results import Evaluation
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -60,7 +60,7 @@ def write_report(
     each kind and direction; shown: items of a ranking. Training curves come from the
     folder of `path` when it trained, or from the checkpoint's run.
     """
-    members = [member["checkpoint"] for member in evaluation.receipt["members"]]
+    members = [member["checkpoint"] for member in evaluation.provenance["members"]]
     gallery = build_gallery(evaluation.results, image_of_text, images=len(paths), count=queries, shown=shown, seed=seed)
     viewer: dict[str, Any] | None = None
     numbers: dict[Pair, int] = {}
@@ -70,7 +70,7 @@ def write_report(
         viewer = viewer_data(
             pretrained, pairs, paths=paths, captions=captions, image_of_text=image_of_text.tolist(), progress=progress
         )
-    cards = QueryCards(paths, captions, numbers, evaluation.receipt["top_k"])
+    cards = QueryCards(paths, captions, numbers, evaluation.provenance["top_k"])
     sections = [
         _section("results", "Results", _results(evaluation)),
         _section("audit", "Audit, not a result", _audit(evaluation), style="audit"),
@@ -79,7 +79,7 @@ def write_report(
         _section("gallery", "Queries", cards.gallery(gallery)),
         _heatmaps(viewer, members, _without_heatmaps(pretrained)),
         _section(
-            "receipt", "Receipt", stages_table(evaluation.receipt) + receipt_list(evaluation.receipt), folded=True
+            "receipt", "Receipt", stages_table(evaluation.provenance) + receipt_list(evaluation.provenance), folded=True
         ),
     ]
     page = _page(evaluation, [section for section in sections if section], viewer)
@@ -90,10 +90,10 @@ def write_report(
 
 
 def _page(evaluation: Evaluation, sections: Sequence[str], viewer: dict[str, Any] | None) -> str:
-    receipt = evaluation.receipt
+    receipt = evaluation.provenance
     title = f"{receipt['dataset']} {receipt['split']}: HACAN evaluation"
     members = receipt["members"]
-    model = name_of_alignment(receipt)
+    model = alignment_title(receipt)
     if receipt["ensemble"]:
         model = f"<strong>ensemble of {len(members)} models, scores averaged</strong>: {html.escape(model)}"
     else:
@@ -136,12 +136,12 @@ def _results(evaluation: Evaluation) -> str:
 
 
 def _notes(evaluation: Evaluation) -> str:
-    resamples = evaluation.receipt["bootstrap"]
+    resamples = evaluation.provenance["bootstrap"]
     notes = [
         f"Small figures are 95% bootstrap intervals over queries ({resamples:,} resamples)."
         if resamples
         else "No intervals: this evaluation was made with bootstrap=0.",
-        f"A query without a correct item in its shortlist of K = {evaluation.receipt['top_k']} is a miss at every K.",
+        f"A query without a correct item in its shortlist of K = {evaluation.provenance['top_k']} is a miss at every K.",
         "Ranks count from 1; the mean rank is over the queries that have one.",
     ]
     return f'<p class="note">{" ".join(notes)}</p>'

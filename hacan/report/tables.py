@@ -9,8 +9,8 @@ from typing import Any
 from hacan.report.charts import Line, line_chart
 from hacan.retrieval.curve import COLUMNS, Curve
 from hacan.retrieval.eccv_cxc import TITLES
-from hacan.retrieval.evaluate import Evaluation
 from hacan.retrieval.metrics import RECALLS
+from hacan.retrieval.results import Evaluation
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 RANKS = {"median": "median rank", "mean": "mean rank", "missed": "missed, %"}
@@ -40,7 +40,7 @@ def headline(evaluation: Evaluation) -> str:
 def results_tables(evaluation: Evaluation) -> str:
     """Coarse only and hierarchical, by direction."""
     stages = {"coarse": evaluation.coarse, "hierarchical": evaluation.hierarchical}
-    heads = ["coarse only", f"hierarchical, K&nbsp;=&nbsp;{evaluation.receipt['top_k']}"]
+    heads = ["coarse only", f"hierarchical, K&nbsp;=&nbsp;{evaluation.provenance['top_k']}"]
 
     def row(name: str, key: str) -> str:
         cells = ""

@@ -5,19 +5,23 @@ Every K follows exactly from one full matrix of coarse and one of fine scores; n
 
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hacan.retrieval.cached_scores import CachedScores
+from hacan.retrieval.ensemble import GalleryScores
 from hacan.retrieval.metrics import RECALLS, check_scores
-from hacan.retrieval.provenance import StageMeter
 from hacan.retrieval.ranking import COARSE_IMAGES, FINE_IMAGES, HierarchicalRetriever, best_places, listed_pairs
-from hacan.retrieval.store import SpooledScores
+from hacan.retrieval.stage_meter import StageMeter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ENTRIES = 2**22  # scores ranked at a time
 TIMED_PAIRS = 20_000  # per measured K; more pairs are timed on a share of the images and scaled
@@ -63,47 +67,39 @@ class Curve(NamedTuple):
                 figures = [f"{value:.4f}" for value in row[:-1]] + [f"{row[-1]:.0f}"]
                 costs = [f"{costs[k]:.4f}" if k in costs else "" for costs in (self.seconds, self.host_peak_mib)]
                 writer.writerow([k, *figures, *costs])
-        plot_curve(self, folder / "curve.png")
+        draw_curve(self).savefig(folder / "curve.png", dpi=110)
 
 
-def trade_off(
-    coarse: Callable[[slice], Tensor],
-    all_fine: Callable[[slice], Tensor],
-    score_pairs: Callable[[Tensor], Tensor],
-    image_of_text: Tensor,
-    *,
-    images: int,
-    add_coarse: bool,
-    meter: StageMeter,
-    progress: bool = True,
-) -> Curve:
-    """The curve of one gallery. coarse(rows) and all_fine(rows) give [n, M], score_pairs(pairs [P, 2]) gives [P].
-
-    add_coarse: as in HierarchicalRetriever; all_fine is the complete fine score in any case.
-    """
-    texts = len(image_of_text)
-    spooled = [SpooledScores(scores, images=images, texts=texts) for scores in (coarse, all_fine)]
+def trade_off(scores: GalleryScores, *, meter: StageMeter, progress: bool = True) -> Curve:
+    """Return the curve of one gallery."""
+    image_of_text, images, texts = scores.image_of_text, scores.images, len(scores.image_of_text)
+    cached = [CachedScores(stage, images=images, texts=texts) for stage in (scores.coarse, scores.fine)]
     times = []
-    for name, scores in zip(("curve coarse", "curve fine"), spooled, strict=True):
+    for name, stage in zip(("curve coarse", "curve fine"), cached, strict=True):
         start = time.perf_counter()
         with meter.stage(name):
-            for first in tqdm(
-                range(0, images, COARSE_IMAGES), desc=name, unit="block of images", delay=2, disable=not progress
-            ):
-                check_scores(name, scores(slice(first, min(first + COARSE_IMAGES, images))))
+            blocks = range(0, images, COARSE_IMAGES)
+            for first in tqdm(blocks, desc=name, unit="block of images", delay=2, disable=not progress):
+                check_scores(name, stage(slice(first, min(first + COARSE_IMAGES, images))))
         times.append(time.perf_counter() - start)
     with meter.stage("curve rank"):
-        values, coarse_rsum = recalls_by_k(*(s(slice(0, images)) for s in spooled), image_of_text, progress=progress)
+        values, coarse_rsum = recalls_by_k(*(s(slice(0, images)) for s in cached), image_of_text, progress=progress)
     seconds, peaks = {}, {}
     lengths = _some_lengths(max(images, texts))
     for k in tqdm(lengths, desc="seconds and memory of some K", unit="K", delay=2, disable=not progress):
         retriever = HierarchicalRetriever(
-            spooled[0], score_pairs, image_of_text, images=images, top_k=k, add_coarse=add_coarse, progress=False
+            cached[0],
+            scores.pairs,
+            image_of_text,
+            images=images,
+            top_k=k,
+            add_coarse=scores.adds_coarse,
+            progress=False,
         )
-        stage = f"curve K={k}"
-        with meter.stage(stage):
+        name = f"curve K={k}"
+        with meter.stage(name):
             seconds[k] = times[0] + _timed(retriever, images)
-        peaks[k] = meter.stages.pop(stage)["host_peak_mib"]
+        peaks[k] = meter.stages.pop(name)["host_peak_mib"]
     return Curve(values, seconds, peaks, full_seconds=times[1], coarse_rsum=coarse_rsum)
 
 
@@ -178,8 +174,8 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     )
 
 
-def plot_curve(curve: Curve, path: Path) -> None:
-    """Rsum with the ceilings, seconds, and memory over K, as a picture."""
+def draw_curve(curve: Curve) -> "Figure":
+    """Return a figure of Rsum with the ceilings, seconds, and memory over K."""
     from matplotlib.figure import Figure  # here, so that evaluating needs no plotting library
 
     figure = Figure(figsize=(15, 4.4), layout="constrained")
@@ -215,7 +211,7 @@ def plot_curve(curve: Curve, path: Path) -> None:
     for axes in (cost, memory):
         axes.axvline(chosen, color="#c23b22", linewidth=1, label=f"suggested: K = {chosen}")
         axes.legend(loc="best", fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _some_lengths(longest: int) -> list[int]:

@@ -70,7 +70,7 @@ def average_precision_at_r(ranking: Sequence[int], matches: frozenset[int]) -> f
     return total / len(matches)
 
 
-def extended_metrics(
+def eccv_cxc_metrics(
     result: RetrievalResult, image_ids: Sequence[int], caption_ids: Sequence[int]
 ) -> dict[str, dict[str, float]]:
     """All metrics of both sets in percent: {"eccv_map_at_r": {"i2t": ..., "t2i": ...}, ...}.
@@ -78,7 +78,7 @@ def extended_metrics(
     result: ranks of the whole test split; image_ids [N] and caption_ids [M] are COCO's. Every judged query
     must be there.
     """
-    check_judged(image_ids, caption_ids)
+    check_judged_queries(image_ids, caption_ids)
     images, captions = list(map(int, image_ids)), list(map(int, caption_ids))
     rankings = {
         "i2t": _rankings(result.top_i2t, images, captions),
@@ -92,7 +92,7 @@ def extended_metrics(
     return metrics
 
 
-def check_judged(image_ids: Sequence[int], caption_ids: Sequence[int]) -> None:
+def check_judged_queries(image_ids: Sequence[int], caption_ids: Sequence[int]) -> None:
     """UserError where a judged query is not among the images [N] and captions [M] of a split, COCO's ids."""
     queries = {"i2t": set(map(int, image_ids)), "t2i": set(map(int, caption_ids))}
     for name in SETS:

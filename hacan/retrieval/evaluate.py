@@ -1,178 +1,89 @@
-"""The one evaluator behind every number: validation during training, Flickr 1K, COCO 5K and COCO 1K five-fold.
+"""The evaluator behind every number: validation during training, Flickr 1K, COCO 5K and COCO 1K in five folds.
 
-It takes models as callables (`Member`) and a split as iterators (`Split`); METHOD section 6 is its protocol.
+encode (feature_cache) -> coarse scores and shortlists -> fine scores of the listed pairs -> ranks -> metrics
+(METHOD section 6).
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from hacan.retrieval.banks import prune_banks
+from hacan.errors import UserError
+from hacan.retrieval.cached_scores import CachedScores
 from hacan.retrieval.curve import mean_curve, trade_off
-from hacan.retrieval.eccv_cxc import extended_metrics
-from hacan.retrieval.ensemble import EnsembleScores, Member, MemberScores
-from hacan.retrieval.features import encode_gallery, select_images
-from hacan.retrieval.provenance import StageMeter, versions
+from hacan.retrieval.eccv_cxc import eccv_cxc_metrics
+from hacan.retrieval.ensemble import GalleryScores, Scorer
+from hacan.retrieval.feature_cache import FeatureStorage, encode_gallery, prune
 from hacan.retrieval.ranking import HierarchicalRetriever, coarse_ranks, listed_pairs, merge_shards
-from hacan.retrieval.results import Evaluation, Protocol, Split, folds_of, summarise
-from hacan.retrieval.store import SpooledScores
-from hacan.types import Gallery, RetrievalResult
+from hacan.retrieval.results import Evaluation, Protocol, summarise
+from hacan.retrieval.stage_meter import StageMeter
+from hacan.types import EncodedImages, Gallery, PackedTexts, Processes, RetrievalResult, Split
 
-__all__ = ["Evaluation", "Processes", "Protocol", "Split", "evaluate"]
-
-PACKAGE = Path(__file__).parents[1]
-# Code that influences features: everything between an image file and the encoders' output.
-FEATURE_CODE = ("models", "images", "types.py", "retrieval/features.py", "retrieval/store.py")
-
-
-class Processes(NamedTuple):
-    """The place of this process among those that evaluate together; alone by default."""
-
-    rank: int = 0
-    world_size: int = 1
-    barrier: Callable[[], None] = lambda: None
-    gather: Callable[[Tensor], list[Tensor]] = lambda shard: [shard]  # the shards of all, in the order of ranks
+FOLDS = 5
 
 
 def evaluate(
-    members: Sequence[Member],
+    scorers: Sequence[Scorer],
     split: Split,
     protocol: Protocol,
     *,
-    feature_memory: int,
-    folder: Path | None = None,
-    feature_disk: int | None = None,
-    bootstrap: int = 0,
-    seed: int = 0,
-    curve: bool = False,
+    storage: FeatureStorage,
+    disk: int | None = None,
     processes: Processes | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Encode the split with every member, rank it coarse to fine in both directions, and count honestly.
+    """Encode a split with every scorer, rank it coarse to fine in both directions, and compute the metrics.
 
-    folder: where features are kept, for an evaluation that is interrupted; None: nowhere. feature_memory: MiB of
-    features held in memory, all members together; feature_disk: MiB of features kept in `folder`, those of this
-    evaluation in any case; None: all that ever were. bootstrap: resamples behind the 95% intervals, 0 for none.
-    curve: also score all pairs, for the trade-off over K (with several processes each of them does).
+    storage: where features are kept (its memory is shared by the scorers); disk: MiB that older cache entries may
+    occupy, None for no limit.
     """
-    if not members:
-        raise ValueError("members is empty; pass at least one model")
+    if not scorers:
+        raise ValueError("scorers is empty; pass at least one model")
     processes = processes or Processes()
-    meter, began = StageMeter(members[0].device), time.time()
-    galleries = encode_members(
-        members, split, meter, feature_memory=feature_memory, folder=folder, processes=processes, progress=progress
-    )
-    if folder is not None and feature_disk is not None and processes.rank == 0:
-        prune_banks(folder, budget=feature_disk, began=began)
+    meter, began = StageMeter(scorers[0].device), time.time()
+    share = FeatureStorage(folder=storage.folder, memory=storage.memory // len(scorers))
+    galleries = [
+        encode_gallery(scorer, split, storage=share, meter=meter, processes=processes, progress=progress)
+        for scorer in scorers
+    ]
+    if storage.folder is not None and disk is not None and processes.rank == 0:
+        prune(storage.folder, budget=disk, began=began)
+    folds = folds_of(split, protocol)
     results, all_coarse, curves = [], [], []
-    for rows in folds_of(len(split.ids), split.image_of_text, protocol):
-        gallery_parts = [select_images(gallery, rows) for gallery in galleries]
-        scores = EnsembleScores([MemberScores(*pair) for pair in zip(members, gallery_parts, strict=True)])
-        result, coarse = rank_gallery(
-            scores,
-            gallery_parts[0].image_of_text,
-            protocol,
-            images=rows.stop - rows.start,
-            meter=meter,
-            processes=processes,
-            progress=progress,
-        )
+    for rows in folds:
+        parts = [select_images(gallery, rows) for gallery in galleries]
+        scores = GalleryScores(scorers, parts, coarse_kind=protocol.coarse)
+        result, coarse = rank_gallery(scores, protocol.top_k, meter=meter, processes=processes, progress=progress)
         results.append(result)
         all_coarse.append(coarse)
-        if curve:
-            curves.append(
-                trade_off(
-                    scores.coarse(protocol.coarse),
-                    scores.all_fine_of(protocol.coarse),
-                    scores.pairs(protocol.coarse),
-                    gallery_parts[0].image_of_text,
-                    images=rows.stop - rows.start,
-                    add_coarse=protocol.coarse == "release",
-                    meter=meter,
-                    progress=progress,
-                )
-            )
-    evaluation = summarise(
-        results, all_coarse, members, split, protocol, galleries, bootstrap=bootstrap, seed=seed, meter=meter
-    )
+        if protocol.curve:
+            curves.append(trade_off(scores, meter=meter, progress=progress))
+    evaluation = summarise(results, all_coarse, folds, scorers, split, protocol, galleries, meter=meter)
     if split.coco_ids is not None and not protocol.fold5:
-        evaluation = evaluation._replace(extended=extended_metrics(results[0], *split.coco_ids))
+        evaluation = evaluation._replace(extended=eccv_cxc_metrics(results[0], *split.coco_ids))
     return evaluation._replace(curve=mean_curve(curves)) if curves else evaluation
 
 
-def encode_members(
-    members: Sequence[Member],
-    split: Split,
-    meter: StageMeter,
-    *,
-    feature_memory: int,
-    folder: Path | None,
-    processes: Processes,
-    progress: bool,
-) -> list[Gallery]:
-    """The split encoded by every member."""
-    if folder is not None and not split.images_hash:
-        raise ValueError("images_hash of the split is empty; pass a hash of its pictures where features are kept")
-    galleries = []
-    for member in members:
-        galleries.append(
-            encode_gallery(
-                member.encode_images,
-                member.encode_texts,
-                split.image_batches,
-                split.text_batches,
-                image_of_text=split.image_of_text,
-                images=len(split.ids),
-                batch_size=split.batch_size,
-                feature_memory=feature_memory // len(members),
-                folder=folder,
-                key={
-                    "checkpoint": member.checkpoint_hash,
-                    "form": member.form,
-                    "images": split.images_hash,
-                    "precision": member.precision,
-                    "device": member.device.type,
-                    "versions": versions(),
-                    "code": code_hash(),
-                },
-                rank=processes.rank,
-                world_size=processes.world_size,
-                barrier=processes.barrier,
-                stage=meter.stage,
-                progress=progress,
-            )
-        )
-    return galleries
-
-
 def rank_gallery(
-    scores: EnsembleScores,
-    image_of_text: Tensor,
-    protocol: Protocol,
-    *,
-    images: int,
-    meter: StageMeter,
-    processes: Processes,
-    progress: bool,
+    scores: GalleryScores, top_k: int, *, meter: StageMeter, processes: Processes, progress: bool
 ) -> tuple[RetrievalResult, tuple[Tensor, Tensor]]:
-    """Hierarchical ranks of one gallery, and the (i2t, t2i) ranks of its coarse scores over the whole gallery."""
-    spooled = SpooledScores(scores.coarse(protocol.coarse), images=images, texts=len(image_of_text))
+    """Return the hierarchical ranks of a gallery, and the (i2t, t2i) ranks of its coarse scores alone."""
+    image_of_text, images = scores.image_of_text, scores.images
+    cached = CachedScores(scores.coarse, images=images, texts=len(image_of_text))
     retriever = HierarchicalRetriever(
-        spooled,
-        scores.pairs(protocol.coarse),
+        cached,
+        scores.pairs,
         image_of_text,
         images=images,
-        top_k=protocol.top_k,
-        add_coarse=protocol.coarse == "release",
+        top_k=top_k,
+        add_coarse=scores.adds_coarse,
         progress=progress,
     )
     with meter.stage("coarse"):
         lists = retriever.shortlists()
-        coarse = coarse_ranks(spooled, image_of_text, images=images, progress=progress)
+        coarse = coarse_ranks(cached, image_of_text, images=images, progress=progress)
     with meter.stage("fine"):
         pairs = listed_pairs(lists)
         shard = retriever.fine_shard(pairs, rank=processes.rank, world_size=processes.world_size)
@@ -181,11 +92,37 @@ def rank_gallery(
         return retriever.rank(lists, pairs, fine), coarse
 
 
-def code_hash(package: Path = PACKAGE) -> str:
-    """Hash of the code that influences features; features cached by other code are not reused."""
-    digest = hashlib.blake2b()
-    for name in FEATURE_CODE:
-        path = package / name
-        for source in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            digest.update(source.read_bytes())
-    return digest.hexdigest()[:32]
+def folds_of(split: Split, protocol: Protocol) -> list[slice]:
+    """Return the images of each fold: all of them, or with `fold5` five consecutive parts of equal size (COCO 1K)."""
+    images = len(split.ids)
+    if not protocol.fold5:
+        return [slice(0, images)]
+    if images % FOLDS:
+        raise UserError(
+            f"fold5=True cuts a split into {FOLDS} folds of equal size, but this one has {images} images; evaluate it "
+            "with fold5=False"
+        )
+    size = images // FOLDS
+    counts = torch.bincount(split.image_of_text // size, minlength=FOLDS)
+    if int(counts.min()) == 0:
+        raise UserError(f"fold5=True: fold {int(counts.argmin()) + 1} of {FOLDS} has no caption; use fold5=False")
+    return [slice(start, start + size) for start in range(0, images, size)]
+
+
+def select_images(gallery: Gallery, rows: slice) -> Gallery:
+    """Return the part of a gallery with some consecutive images and all of their captions, renumbered from 0."""
+    images, texts, image_of_text = gallery
+    if rows.start == 0 and rows.stop == len(images.high):
+        return gallery
+    chosen = ((image_of_text >= rows.start) & (image_of_text < rows.stop)).nonzero().flatten()
+    lengths = texts.offsets[chosen + 1] - texts.offsets[chosen]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    if len(chosen) and int(chosen[-1] - chosen[0]) == len(chosen) - 1:  # consecutive captions: a view, no copy
+        tokens = slice(int(texts.offsets[chosen[0]]), int(texts.offsets[chosen[-1] + 1]))
+    else:
+        tokens = torch.arange(int(offsets[-1])) + (texts.offsets[chosen] - offsets[:-1]).repeat_interleave(lengths)
+    return Gallery(
+        images=EncodedImages(*(values[rows] for values in images)),
+        texts=PackedTexts(texts.high[tokens], texts.mid[tokens], offsets, texts.pooled[chosen]),
+        image_of_text=image_of_text[chosen] - rows.start,
+    )

@@ -1,100 +1,47 @@
-"""The receipt of a result: everything that makes its numbers comparable, beside what they cost."""
+"""Provenance of a result: hashes and versions of what it depends on, and whether two results are comparable."""
 
+import hashlib
 import json
 import math
+import os
 import platform
-import resource
-import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from hacan.errors import UserError
-from hacan.retrieval.store import MIB, write_atomically
+from hacan.models.hacan import HACAN
 
 TIE_RULE = "a tie with a wrong item counts against us, at the border of the shortlist too"
 MISS_RULE = "no correct item in the shortlist: no rank, a miss at every K"
 PACKAGES = ("torch", "timm", "transformers", "numpy", "opencv-python-headless")
 
-# What is measured: results that differ here answer different questions.
+# Fields that must be equal for a comparison to be meaningful.
 DATA_FIELDS = ("dataset", "split", "protocol", "images", "texts", "queries_i2t", "queries_t2i", "ids_hash")
 RULE_FIELDS = ("tie_rule", "miss_rule", "top_k", "coarse")
-# Who is measured: what a comparison is usually about. They are named, not refused.
+# Fields that describe the compared systems; differences are listed.
 SYSTEM_FIELDS = ("alignment", "direction", "precision", "features", "members")
 
-
-def name_of_alignment(receipt: Mapping[str, Any]) -> str:
-    """The form of the fine similarity as people read it: "hybrid alignment, direction t2i"."""
-    direction = f", direction {receipt['direction']}" if receipt["direction"] else ""
-    return f"{receipt['alignment']} alignment{direction}"
+PACKAGE = Path(__file__).parents[1]
+# Code that influences features: everything between an image file or a token and the stored array.
+FEATURE_CODE = ("models", "images", "types.py", "retrieval/ensemble.py", "retrieval/feature_cache.py")
 
 
-class StageMeter:
-    """Seconds and peak memory of named stages: resident memory of this process, and of its device where it has one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.stages: dict[str, dict[str, float]] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure what runs inside; a name that comes again adds its seconds."""
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        start, watch = time.perf_counter(), _MemoryWatch()
-        try:
-            yield
-        finally:
-            if on_gpu:
-                torch.cuda.synchronize(self._device)
-            before = self.stages.get(name, {"seconds": 0.0, "host_peak_mib": 0.0})
-            entry = {
-                "seconds": before["seconds"] + time.perf_counter() - start,
-                "host_peak_mib": max(before["host_peak_mib"], watch.stop()),
-            }
-            if on_gpu:
-                peak = torch.cuda.max_memory_allocated(self._device) / MIB
-                entry["device_peak_mib"] = max(before.get("device_peak_mib", 0.0), peak)
-            self.stages[name] = entry
-
-
-class _MemoryWatch:
-    """Highest resident memory (MiB) of this process while it runs; where /proc is missing, the highest so far."""
-
-    def __init__(self, interval: float = 0.05) -> None:
-        self._peak, self._interval, self._ended = _resident_mib(), interval, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(self._interval):
-            self._peak = max(self._peak, _resident_mib())
-
-    def stop(self) -> float:
-        self._ended.set()
-        self._thread.join()
-        return max(self._peak, _resident_mib())
-
-
-def _resident_mib() -> float:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / MIB
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+def alignment_title(record: Mapping[str, Any]) -> str:
+    """Return the alignment of a provenance record for people: "hybrid alignment, direction t2i"."""
+    direction = f", direction {record['direction']}" if record["direction"] else ""
+    return f"{record['alignment']} alignment{direction}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a number depends on."""
+    """Return the versions of Python and the packages that influence numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -104,16 +51,88 @@ def versions() -> dict[str, str]:
     return found
 
 
+# -- hashes (hexadecimal) ---------------------------------------------------------------------------------------------
+
+
+def content_hash(value: Any) -> str:
+    """Return a hash of plain values; equal values have equal hashes."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=32).hexdigest()
+
+
+def hash_of_files(paths: Sequence[str | Path], *, progress: bool = True) -> str:
+    """Return a hash of the contents of files, in their order."""
+
+    def digest(path: str | Path) -> str:
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; an evaluation needs every image") from error
+
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(digest, paths)
+        return content_hash(
+            list(tqdm(digests, total=len(paths), desc="hash", unit="file", delay=2, disable=not progress))
+        )
+
+
+def hash_of_tensors(state: Mapping[str, Tensor]) -> str:
+    """Return a hash of names, types, shapes and values of tensors, such as a state dict."""
+    total = hashlib.blake2b(digest_size=32)
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def code_hash(package: Path = PACKAGE) -> str:
+    """Return a hash of the code that influences features."""
+    digest = hashlib.blake2b()
+    for name in FEATURE_CODE:
+        path = package / name
+        for source in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def architecture_hash(model: HACAN) -> str:
+    """Return a hash of what turns inputs into features besides the weights: modules, levels, the text encoder's config.
+
+    The alignment is not included: models that differ in it alone share their features.
+    """
+    modules = {name: repr(module) for name, module in model.named_children() if module is not model.alignment}
+    text = {k: v for k, v in model.text_encoder.backbone.config.to_dict().items() if not k.startswith("_")}
+    text.pop("transformers_version", None)  # `versions` has it
+    return content_hash([modules, model.image_encoder.levels, model.text_encoder.levels, repr(sorted(text.items()))])
+
+
+def model_summary(model: HACAN) -> dict[str, Any]:
+    """Return the architecture and the hyper-parameters of the alignment as plain values, for the record of a result."""
+    return {
+        "image_encoder": model.image_encoder.name,
+        "image_levels": list(model.image_encoder.levels),
+        "text_encoder": model.text_encoder.name,
+        "text_levels": list(model.text_encoder.levels),
+        "embed_dim": model.project_image_high.out_features,
+        "activation": repr(model.aggregate_image.activation),
+        **model.alignment.hyperparameters,
+    }
+
+
+# -- comparing records ------------------------------------------------------------------------------------------------
+
+
 def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any], fields: tuple[str, ...]) -> list[str]:
-    """The fields in which two receipts differ; a field that only one of them has differs too."""
+    """Return the fields in which two records differ; a field that only one of them has differs too."""
     absent = object()
     return [field for field in fields if one.get(field, absent) != other.get(field, absent)]
 
 
 def check_comparable(one: Mapping[str, Any], other: Mapping[str, Any], *, across: tuple[str, ...] = ()) -> list[str]:
-    """Refuse (UserError) receipts that measure different things; return the fields in which the systems differ.
+    """Return the fields in which the systems of two records differ; raise `UserError` if they measure different things.
 
-    across: rules (of RULE_FIELDS) in which the two may differ on purpose, such as top_k.
+    across: fields of `RULE_FIELDS` that may differ, such as top_k.
     """
     forbidden = [field for field in across if field not in RULE_FIELDS]
     if forbidden:
@@ -131,17 +150,27 @@ def check_comparable(one: Mapping[str, Any], other: Mapping[str, Any], *, across
     return differing_fields(one, other, RULE_FIELDS + SYSTEM_FIELDS)
 
 
-def strict(value: Any) -> Any:
-    """The value for strict JSON, which has no infinity and no NaN: they become null ("there is no such number")."""
-    if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is there completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON, written atomically."""
-    write_atomically(path, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+    """Write strict JSON atomically; infinity and NaN, which it does not have, become null."""
+    write_atomically(path, json.dumps(_strict(value), indent=1, allow_nan=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

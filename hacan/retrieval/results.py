@@ -1,5 +1,6 @@
-"""What is evaluated and how, and what comes out: metrics, audit, intervals, receipt, files (METHOD section 6)."""
+"""Results of an evaluation: metrics, audit, intervals, provenance record, files, and the printed table (METHOD 6)."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,66 +9,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hacan.errors import UserError
 from hacan.retrieval.curve import Curve
-from hacan.retrieval.ensemble import Member
-from hacan.retrieval.features import ImageBatches, TextBatches, content_hash
-from hacan.retrieval.metrics import mean_of_metrics, release_ranks, retrieval_metrics
-from hacan.retrieval.provenance import MISS_RULE, TIE_RULE, StageMeter, versions, write_json
+from hacan.retrieval.eccv_cxc import TITLES
+from hacan.retrieval.ensemble import Scorer
+from hacan.retrieval.metrics import RECALLS, mean_of_metrics, release_ranks, retrieval_metrics
+from hacan.retrieval.provenance import MISS_RULE, TIE_RULE, alignment_title, content_hash, versions, write_json
 from hacan.retrieval.significance import recall_intervals
-from hacan.types import Gallery, RetrievalMetrics, RetrievalResult
+from hacan.retrieval.stage_meter import StageMeter
+from hacan.types import Gallery, RetrievalMetrics, RetrievalResult, Split
 
-FOLDS = 5
-
-
-class Split(NamedTuple):
-    """What is evaluated. Images and captions are numbered in the order of the split."""
-
-    dataset: str
-    name: str  # train, val or test
-    ids: Sequence[Any]  # N ids of the images, for the receipt's hash
-    captions: Sequence[str]  # M
-    image_of_text: Tensor  # [M] int64
-    image_batches: ImageBatches
-    text_batches: TextBatches
-    batch_size: int
-    images_hash: str = ""  # over the pictures' contents and their transform; needed where features are kept
-    coco_ids: tuple[Sequence[int], Sequence[int]] | None = None  # of images and captions: also ECCV Caption and CxC
+DIRECTIONS = ("i2t", "t2i")
+NAME_WIDTH = 20  # of the first column of the table
 
 
 class Protocol(NamedTuple):
-    """How it is evaluated (METHOD section 6)."""
+    """How a split is evaluated (METHOD section 6)."""
 
     top_k: int = 50
     coarse: str = "global"
     fold5: bool = False
+    bootstrap: int = 0  # resamples of the 95% intervals; 0: no intervals
+    seed: int = 0
+    curve: bool = False  # also score all pairs, for the trade-off over K
 
 
 class Evaluation(NamedTuple):
-    """Results of an evaluation. Lists hold one entry per fold: one, or five."""
+    """Results of an evaluation. Lists have one entry per fold: one, or five."""
 
-    receipt: dict[str, Any]
+    provenance: dict[str, Any]
     coarse: RetrievalMetrics  # coarse scores alone, over the whole gallery
     hierarchical: RetrievalMetrics
-    release_rule: RetrievalMetrics  # audit: what the first release's rule, a miss is rank 0, would print
+    release_rule: RetrievalMetrics  # audit: with the first release's rule, a miss is rank 0
     intervals: dict[str, dict[str, tuple[float, float]]]  # 95%, by stage and metric; empty without bootstrap
-    coarse_ranks: list[tuple[Tensor, Tensor]]  # (i2t, t2i) of the queries that have an answer
+    coarse_ranks: list[tuple[Tensor, Tensor]]  # (i2t, t2i) of the queries that have a correct item
     ranks: list[tuple[Tensor, Tensor]]
     results: list[RetrievalResult]  # ranks and shortlists of all queries, numbered within the fold
-    curve: Curve | None = None  # the mean over folds
+    curve: Curve | None = None  # mean over folds
     extended: dict[str, dict[str, float]] | None = None  # COCO: ECCV Caption and CxC, by metric and direction
 
     @property
     def inflation(self) -> RetrievalMetrics:
-        """How much the first release's rule adds to each metric."""
-        return RetrievalMetrics(
-            *(_difference(theirs, honest) for theirs, honest in zip(self.release_rule, self.hierarchical, strict=True))
-        )
+        """What the first release's rule adds to each metric."""
+        pairs = zip(self.release_rule, self.hierarchical, strict=True)
+        return RetrievalMetrics(*(0.0 if theirs == ours else theirs - ours for theirs, ours in pairs))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of metrics.json."""
+        """Return the content of metrics.json; its keys are a stable format."""
         return {
-            "receipt": self.receipt,
+            "receipt": self.provenance,
             "coarse": self.coarse._asdict(),
             "hierarchical": self.hierarchical._asdict(),
             "intervals_95": self.intervals,
@@ -81,7 +70,7 @@ class Evaluation(NamedTuple):
         }
 
     def save(self, folder: Path) -> None:
-        """Write metrics.json, and ranks.npz (the ranks of every query, for comparisons); curve.csv and curve.png."""
+        """Write metrics.json, ranks.npz (the rank of every query) and, if there is a curve, curve.csv and curve.png."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {}
         for stage, folds in (("coarse", self.coarse_ranks), ("hierarchical", self.ranks)):
@@ -98,30 +87,28 @@ class Evaluation(NamedTuple):
 def summarise(
     results: list[RetrievalResult],
     all_coarse: list[tuple[Tensor, Tensor]],
-    members: Sequence[Member],
+    folds: list[slice],
+    scorers: Sequence[Scorer],
     split: Split,
     protocol: Protocol,
     galleries: Sequence[Gallery],
     *,
-    bootstrap: int,
-    seed: int,
     meter: StageMeter,
 ) -> Evaluation:
-    """Metrics, audit, intervals and receipt of the ranks of all folds."""
+    """Return metrics, audit, intervals and provenance of the ranks of all folds."""
     ranks, coarse = [], []
-    folds = folds_of(len(split.ids), split.image_of_text, protocol)
     for rows, result, (coarse_i2t, coarse_t2i) in zip(folds, results, all_coarse, strict=True):
-        captions = torch.bincount(split.image_of_text, minlength=len(split.ids))[rows]
-        asked = captions > 0  # an image without captions stays in the gallery, but as a query it has no answer
+        # An image without captions stays in the gallery, but has no correct item as a query.
+        asked = torch.bincount(split.image_of_text, minlength=len(split.ids))[rows] > 0
         ranks.append((result.ranks_i2t[asked], result.ranks_t2i))
         coarse.append((coarse_i2t[asked], coarse_t2i))
     intervals = {}
-    if bootstrap:
+    if protocol.bootstrap:
         intervals = {
-            "coarse": recall_intervals(coarse, resamples=bootstrap, seed=seed),
-            "hierarchical": recall_intervals(ranks, resamples=bootstrap, seed=seed),
+            "coarse": recall_intervals(coarse, resamples=protocol.bootstrap, seed=protocol.seed),
+            "hierarchical": recall_intervals(ranks, resamples=protocol.bootstrap, seed=protocol.seed),
         }
-    receipt = {
+    provenance = {
         "dataset": split.dataset,
         "split": split.name,
         "protocol": f"mean of {len(ranks)} folds, each ranked on its own" if protocol.fold5 else "whole split",
@@ -134,30 +121,30 @@ def summarise(
         "coarse": protocol.coarse,
         "tie_rule": TIE_RULE,
         "miss_rule": MISS_RULE,
-        "alignment": _together([member.alignment for member in members]),
-        "direction": _together([member.direction for member in members]),
-        "precision": _together([member.precision for member in members]),
-        "features": _together([str(gallery.images.high.dtype).removeprefix("torch.") for gallery in galleries]),
-        "ensemble": len(members) > 1,
+        "alignment": _joined([scorer.alignment for scorer in scorers]),
+        "direction": _joined([scorer.direction for scorer in scorers]),
+        "precision": _joined([scorer.precision for scorer in scorers]),
+        "features": _joined([str(gallery.images.high.dtype).removeprefix("torch.") for gallery in galleries]),
+        "ensemble": len(scorers) > 1,
         "members": [
             {
-                "checkpoint": member.name,
-                "hash": member.checkpoint_hash,
-                "alignment": member.alignment,
-                "direction": member.direction,
-                **member.settings,
+                "checkpoint": scorer.name,
+                "hash": scorer.checkpoint_hash,
+                "alignment": scorer.alignment,
+                "direction": scorer.direction,
+                **scorer.settings,
             }
-            for member in members
+            for scorer in scorers
         ],
-        "bootstrap": bootstrap,
-        "seed": seed,
-        "device": str(members[0].device),
+        "bootstrap": protocol.bootstrap,
+        "seed": protocol.seed,
+        "device": str(scorers[0].device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "stages": meter.stages,
     }
     return Evaluation(
-        receipt=receipt,
+        provenance=provenance,
         coarse=mean_of_metrics([retrieval_metrics(*fold) for fold in coarse]),
         hierarchical=mean_of_metrics([retrieval_metrics(*fold) for fold in ranks]),
         release_rule=mean_of_metrics([retrieval_metrics(*map(release_ranks, fold)) for fold in ranks]),
@@ -168,26 +155,67 @@ def summarise(
     )
 
 
-def folds_of(images: int, image_of_text: Tensor, protocol: Protocol) -> list[slice]:
-    """The images of each fold: all of them, or five runs of equal length (COCO 1K: 1,000 images each)."""
-    if not protocol.fold5:
-        return [slice(0, images)]
-    if images % FOLDS:
-        raise UserError(
-            f"fold5=True cuts a split into {FOLDS} folds of equal size, but this one has {images} images; evaluate it "
-            "with fold5=False"
-        )
-    size = images // FOLDS
-    folds = [slice(start, start + size) for start in range(0, images, size)]
-    counts = torch.bincount(image_of_text // size, minlength=FOLDS)
-    if int(counts.min()) == 0:
-        raise UserError(f"fold5=True: fold {int(counts.argmin()) + 1} of {FOLDS} has no caption; use fold5=False")
-    return folds
-
-
-def _together(values: list[str]) -> str:
+def _joined(values: list[str]) -> str:
     return " + ".join(dict.fromkeys(values))
 
 
-def _difference(theirs: float, honest: float) -> float:
-    return 0.0 if theirs == honest else theirs - honest
+# -- the printed table ------------------------------------------------------------------------------------------------
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """Return the table of an evaluation: coarse, hierarchical with intervals, and the audit of the release's rule."""
+    hierarchical = f"hierarchical K={evaluation.provenance['top_k']}"
+    lines = [_title(evaluation), "", f"{'':{NAME_WIDTH}}{'image to text':^21}   {'text to image':^21}"]
+    lines.append(_line("percent", [f"R@{k}" for k in RECALLS] * 2, "Rsum"))
+    lines.append(_recalls("coarse only", evaluation.coarse))
+    lines.append(_recalls(hierarchical, evaluation.hierarchical))
+    for name, end in (("  95% from", 0), ("  95% to", 1)):
+        if "hierarchical" in evaluation.intervals:
+            ends = {key: interval[end] for key, interval in evaluation.intervals["hierarchical"].items()}
+            lines.append(_recalls(name, evaluation.hierarchical._replace(**ends)))
+    lines += ["", _line("rank, from 1", ["median", "mean", "miss %"] * 2, "")]
+    lines += [_ranks("coarse only", evaluation.coarse), _ranks(hierarchical, evaluation.hierarchical)]
+    lines += ["(mean over the queries that have a rank; miss: percent without a correct item in the shortlist)", ""]
+    if evaluation.extended is not None:
+        lines.append(f"{'judged matches, %':{NAME_WIDTH + 4}}{'image to text':>14}{'text to image':>16}")
+        for name, title in TITLES.items():
+            values = evaluation.extended[name]
+            lines.append(f"{title:{NAME_WIDTH + 4}}{values['i2t']:>14.1f}{values['t2i']:>16.1f}")
+        lines.append("")
+    lines.append("Audit, not a result: the first release counts a query whose shortlist misses as rank 0, a hit.")
+    lines.append(_recalls("release's rule", evaluation.release_rule))
+    lines.append(_recalls("it would add", evaluation.inflation, sign="+"))
+    return "\n".join(lines)
+
+
+def _title(evaluation: Evaluation) -> str:
+    record = evaluation.provenance
+    model = alignment_title(record)
+    if record["ensemble"]:
+        names = ", ".join(member["checkpoint"] for member in record["members"])
+        model = f"ENSEMBLE of {len(record['members'])} models, scores averaged ({names}): {model}"
+    return (
+        f"{record['dataset']} {record['split']}, {record['protocol']}: {record['images']:,} images, "
+        f"{record['texts']:,} texts; coarse score: {record['coarse']}\n{model}"
+    )
+
+
+def _recalls(name: str, metrics: RetrievalMetrics, *, sign: str = "") -> str:
+    values = metrics._asdict()
+    cells = [_number(values[f"r{k}_{direction}"], sign) for direction in DIRECTIONS for k in RECALLS]
+    return _line(name, cells, _number(metrics.rsum, sign))
+
+
+def _ranks(name: str, metrics: RetrievalMetrics) -> str:
+    values = metrics._asdict()
+    kinds = ("median", "mean", "missed")
+    return _line(name, [_number(values[f"{kind}_{direction}"]) for direction in DIRECTIONS for kind in kinds], "")
+
+
+def _line(name: str, cells: list[str], last: str) -> str:
+    both = ["".join(f"{cell:>7}" for cell in part) for part in (cells[:3], cells[3:])]
+    return f"{name:{NAME_WIDTH}}{both[0]}   {both[1]}{last:>10}".rstrip()
+
+
+def _number(value: float, sign: str = "") -> str:
+    return "-" if math.isinf(value) else f"{value:{sign}.1f}"

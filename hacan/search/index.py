@@ -19,8 +19,7 @@ from hacan.alignment import pack_texts
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.lock import FolderLock
-from hacan.retrieval.features import hash_of_tensors
-from hacan.retrieval.store import write_atomically
+from hacan.retrieval.provenance import hash_of_tensors, write_atomically
 from hacan.search.collection import Shelf
 from hacan.search.feature_file import RowFile
 from hacan.search.store import Hit, Item, VectorStore

@@ -11,7 +11,7 @@ from hacan.errors import UserError
 from hacan.images.io import read_image
 from hacan.report.heatmaps import STREAM_NAMES, explain, overlay
 from hacan.report.thumbnails import data_uri, shrunk
-from hacan.retrieval.store import write_atomically
+from hacan.retrieval.provenance import write_atomically
 from hacan.search.index import Result
 
 THUMBNAIL, MAP = 360, 128  # pixels, long side

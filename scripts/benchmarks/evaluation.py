@@ -31,12 +31,12 @@ from datamodules.records import CaptionedImage
 from datamodules.tokens import load_tokenizer
 from hacan.alignment import FORMS, build_alignment
 from hacan.models.factory import build_model
-from hacan.retrieval.ensemble import Member, MemberScores
-from hacan.retrieval.features import encode_gallery
-from hacan.retrieval.provenance import StageMeter
+from hacan.retrieval.cached_scores import CachedScores
+from hacan.retrieval.ensemble import GalleryScores, Scorer, build_scorer
+from hacan.retrieval.feature_cache import FeatureStorage, encode_gallery
 from hacan.retrieval.ranking import FINE_IMAGES, HierarchicalRetriever, coarse_ranks, listed_pairs
-from hacan.retrieval.store import SpooledScores
-from hacan.types import EncodedImages, EncodedTexts, Gallery
+from hacan.retrieval.stage_meter import StageMeter
+from hacan.types import EncodedImages, EncodedTexts, Gallery, Split
 
 LONGEST = 32  # tokens of a caption
 WORDS = [
@@ -95,15 +95,15 @@ def benchmark_ranking(options: argparse.Namespace) -> None:
         {"direction": options.direction, "lambda_softmax": 9.0, "focal_type": "prob"},
         score_memory=options.score_memory,
     ).to(device)
-    scores = MemberScores(alignment_alone(alignment, device), gallery)
-    spooled = SpooledScores(scores.global_similarity, images=options.images, texts=len(gallery.image_of_text))
+    scores = GalleryScores([alignment_alone(alignment, device)], [gallery], coarse_kind="global")
+    cached = CachedScores(scores.coarse, images=options.images, texts=len(gallery.image_of_text))
     retriever = HierarchicalRetriever(
-        spooled, scores.pairs, gallery.image_of_text, images=options.images, top_k=options.top_k
+        cached, scores.pairs, gallery.image_of_text, images=options.images, top_k=options.top_k
     )
     with torch.no_grad():
         with meter.stage("coarse"):
             lists = retriever.shortlists()
-            coarse_ranks(spooled, gallery.image_of_text, images=options.images)
+            coarse_ranks(cached, gallery.image_of_text, images=options.images)
         pairs = listed_pairs(lists)
         parts = max(1, min(round(1 / options.share), -(-options.images // FINE_IMAGES)))
         with meter.stage("fine"):
@@ -131,7 +131,7 @@ def benchmark_ranking(options: argparse.Namespace) -> None:
 
 
 def drawn_gallery(options: argparse.Namespace, meter: StageMeter) -> Gallery:
-    """A bank filled by `encode_gallery` itself, with encoders that draw: captions resemble their image's embedding."""
+    """Features stored by `encode_gallery` itself, with encoders that draw: captions resemble their image's embedding."""
     texts = options.images * options.captions
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randn(texts, generator=generator).mul(2.5).add(13).round().clamp(8, LONGEST).long()
@@ -163,22 +163,27 @@ def drawn_gallery(options: argparse.Namespace, meter: StageMeter) -> Gallery:
         width = mask.shape[1]
         return EncodedTexts(features(owners, width, 2000), features(owners, width, 3000), mask, pooled)
 
+    scorer = alignment_alone(torch.nn.Identity(), torch.device("cpu"))
     return encode_gallery(
-        encode_images,
-        encode_texts,
-        image_batches,
-        text_batches,
-        image_of_text=image_of_text,
-        images=options.images,
-        batch_size=64,
-        feature_memory=options.feature_memory,
-        stage=lambda name: meter.stage(name.replace("encode", "draw and store")),
+        scorer._replace(encode_images=encode_images, encode_texts=encode_texts),
+        Split(
+            dataset="drawn",
+            name="test",
+            ids=range(options.images),
+            captions=[""] * texts,
+            image_of_text=image_of_text,
+            image_batches=image_batches,
+            text_batches=text_batches,
+            batch_size=64,
+        ),
+        storage=FeatureStorage(memory=options.feature_memory),
+        meter=meter,
     )
 
 
-def alignment_alone(alignment: torch.nn.Module, device: torch.device) -> Member:
-    """A member that only scores."""
-    return Member(
+def alignment_alone(alignment: torch.nn.Module, device: torch.device) -> Scorer:
+    """A scorer of features, without encoders."""
+    return Scorer(
         name="drawn",
         checkpoint_hash="",
         alignment="",
@@ -211,27 +216,29 @@ def benchmark_encoding(options: argparse.Namespace) -> None:
                 model.text_encoder(token_ids.to(device), mask.to(device))
             return finished(device) - start
 
-        def bank(home: Path) -> float:
+        scorer = build_scorer(model, name="benchmark", device=device)
+        inputs = Split(
+            dataset="drawn",
+            name="test",
+            ids=split.image_ids,
+            captions=split.captions,
+            image_of_text=split.image_of_text,
+            image_batches=lambda rows: data.eval_images("test", rows),
+            text_batches=lambda rows: data.eval_texts("test", rows),
+            batch_size=16,
+            images_hash="drawn",
+        )
+
+        def encode(home: Path) -> float:
             start = time.perf_counter()
-            encode_gallery(
-                lambda pixels: model.encode_images(pixels.to(device)),
-                lambda token_ids, mask: model.encode_texts(token_ids.to(device), mask.to(device)),
-                lambda rows: data.eval_images("test", rows),
-                lambda rows: data.eval_texts("test", rows),
-                image_of_text=split.image_of_text,
-                images=len(split.paths),
-                batch_size=16,
-                feature_memory=options.feature_memory,
-                folder=home,
-                key={},
-                progress=False,
-            )
+            storage = FeatureStorage(folder=home, memory=options.feature_memory)
+            encode_gallery(scorer, inputs, storage=storage, meter=StageMeter(device), progress=False)
             return finished(device) - start
 
         with torch.no_grad():
             bare()  # warm-up
             times = [
-                (bare(), bank(Path(folder, f"bank-{turn}")))
+                (bare(), encode(Path(folder, f"cache-{turn}")))
                 for turn in tqdm(range(options.turns), desc="bare, then encode_gallery")
             ]
     forward, encoding = map(min, zip(*times, strict=True))  # the turn that other work on the machine disturbed least
@@ -239,7 +246,7 @@ def benchmark_encoding(options: argparse.Namespace) -> None:
         f"\n{len(split.paths)} pictures of 500 x 375 pixels and {len(split.captions)} captions, convnext_base and "
         f"bert-base of random weights, the faster of {options.turns} turns each:\n"
         f"bare forward passes of both backbones {forward:.2f} s; encode_gallery (decoding, projections, aggregators, "
-        f"bank kept on disk) {encoding:.2f} s; ratio {encoding / forward:.3f}\n"
+        f"features cached on disk) {encoding:.2f} s; ratio {encoding / forward:.3f}\n"
         f"turns: {', '.join(f'{one:.2f} and {other:.2f}' for one, other in times)} s"
     )
 

@@ -23,7 +23,7 @@ from hacan.checkpoints.export import export
 from hacan.checkpoints.onnx_export import export_onnx
 from hacan.errors import UserError
 from hacan.images.preprocessing import preprocess_image
-from hacan.retrieval.features import hash_of_tensors
+from hacan.retrieval.provenance import hash_of_tensors
 
 ROOT = pathlib.Path(__file__).parents[2]
 CAPTIONS = ["a dog runs", "a small red cat sits on the grass by a big blue dog", "the cat", "dog", "a cat by a cat"]

@@ -38,9 +38,11 @@ from hacan.report.thumbnails import data_uri, jpeg, shrunk
 from hacan.report.training_log import find_training_log, training_charts
 from hacan.report.viewer import viewer_data
 from hacan.retrieval.eccv_cxc import TITLES
-from hacan.retrieval.ensemble import member_of
-from hacan.retrieval.evaluate import Protocol, Split, evaluate
-from hacan.types import EncodedImages, EncodedTexts, RetrievalResult
+from hacan.retrieval.ensemble import build_scorer
+from hacan.retrieval.evaluate import evaluate
+from hacan.retrieval.feature_cache import FeatureStorage
+from hacan.retrieval.results import Protocol
+from hacan.types import EncodedImages, EncodedTexts, RetrievalResult, Split
 
 ROWS, COLUMNS, WORDS, WIDTH = 2, 3, 5, 9
 
@@ -406,11 +408,12 @@ def evaluated(make_model, tokenizer, tmp_path):
             yield torch.tensor([row]), found["input_ids"], found["attention_mask"].bool()
 
     split = Split("f8k", "test", [1, 2, 3], CAPTIONS, IMAGE_OF_TEXT, image_batches, text_batches, 2)
-    member = member_of(model, name="a<b>.ckpt", device=torch.device("cpu"))
+    scorer = build_scorer(model, name="a<b>.ckpt", device=torch.device("cpu"))
     arguments = {"paths": [str(path) for path in paths], "captions": CAPTIONS, "image_of_text": IMAGE_OF_TEXT}
 
     def make(**changes):
-        return evaluate([member], split, Protocol(top_k=2), feature_memory=64, progress=False, **changes)
+        storage = FeatureStorage(memory=64)
+        return evaluate([scorer], split, Protocol(top_k=2)._replace(**changes), storage=storage, progress=False)
 
     return make, pretrained, partial(write_report, **arguments, progress=False, queries=2)
 
@@ -453,7 +456,7 @@ def test_every_part_of_a_report_has_its_link_and_the_receipt_is_for_reading(eval
     assert {"training", "curve"} < set(links)
     assert "Peak memory of the process" in text
     page = Page(text)
-    member = evaluation.receipt["members"][0]
+    member = evaluation.provenance["members"][0]
     assert f"checkpoint{member['checkpoint']}hash{member['hash']}" in page.text  # no braces and quotes of JSON
     assert "judged matches" not in page.text
 

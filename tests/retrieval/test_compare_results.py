@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hacan.errors import UserError
-from hacan.retrieval.compare import compare_results, load_result
-from hacan.retrieval.evaluate import Evaluation
 from hacan.retrieval.metrics import release_ranks, retrieval_metrics
 from hacan.retrieval.provenance import DATA_FIELDS, MISS_RULE, RULE_FIELDS, SYSTEM_FIELDS, TIE_RULE
+from hacan.retrieval.results import Evaluation
+from hacan.retrieval.significance import compare_results, load_result
 from scripts.compare_results import main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_results.py"
@@ -40,7 +40,7 @@ def save(folder, *, i2t=(0, 1, math.inf, 0), t2i=(0, 0, 3, 7, math.inf, 0), fold
     ranks = [(torch.tensor(i2t, dtype=torch.float64), torch.tensor(t2i, dtype=torch.float64))] * folds
     metrics = retrieval_metrics(*ranks[0])
     Evaluation(
-        receipt={**RECEIPT, **receipt},
+        provenance={**RECEIPT, **receipt},
         coarse=metrics,
         hierarchical=metrics,
         release_rule=retrieval_metrics(*map(release_ranks, ranks[0])),
@@ -117,10 +117,10 @@ def test_bad_files_end_in_one_line(tmp_path):
     empty = '{"receipt": {}, "coarse": {}, "hierarchical": {}}'
     for content in ("{", "[]", "3", "{}", empty, '{"receipt": 1, "coarse": 2}'):
         (folder / "metrics.json").write_text(content)
-        with pytest.raises(UserError, match="no complete"):
+        with pytest.raises(UserError, match="not a complete"):
             load_result(folder)
     (folder / "metrics.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="no complete"):
+    with pytest.raises(UserError, match="not a complete"):
         load_result(folder)
 
 
@@ -137,3 +137,13 @@ def test_misses_are_null_in_the_file(tmp_path):
     folder = save(tmp_path / "a", t2i=(math.inf,) * 6)
     content = json.loads((folder / "metrics.json").read_text())
     assert content["hierarchical"]["median_t2i"] is None and content["hierarchical"]["missed_t2i"] == 100.0
+
+
+def test_a_setting_that_was_renamed_is_not_a_difference(tmp_path):
+    """metrics.json of older versions names the inverse temperature of the hybrid form `temperature`."""
+    for name, key in (("old", "temperature"), ("new", "lambda_softmax")):
+        save(tmp_path / name, members=[{"checkpoint": "a.ckpt", "hash": "0" * 64, key: 9.0}])
+    old, new = (load_result(tmp_path / name) for name in ("old", "new"))
+    assert "they differ" not in compare_results(old, new, resamples=10)
+    save(tmp_path / "new", members=[{"checkpoint": "a.ckpt", "hash": "0" * 64, "lambda_softmax": 4.0}])
+    assert "lambda_softmax=9.0" in compare_results(old, load_result(tmp_path / "new"), resamples=10)

@@ -11,7 +11,7 @@ from hacan.errors import UserError
 from hacan.retrieval.eccv_cxc import (
     average_precision_at_r,
     coco_ids,
-    extended_metrics,
+    eccv_cxc_metrics,
     find_annotations,
     load_matches,
     r_precision,
@@ -67,7 +67,7 @@ def test_the_packages_own_figures_on_full_rankings():
             rows.append([place[item] for item in row])
         top[direction] = torch.tensor(rows)
     result = RetrievalResult(torch.zeros(5000), torch.zeros(25000), top["i2t"], top["t2i"])
-    found = extended_metrics(result, images, captions)
+    found = eccv_cxc_metrics(result, images, captions)
     expected = theirs.compute_all_metrics(
         rankings["i2t"],
         rankings["t2i"],
@@ -101,7 +101,7 @@ def test_another_split_is_refused():
     top = torch.zeros(3, 1, dtype=torch.int64)
     result = RetrievalResult(torch.zeros(3), torch.zeros(3), top, top)
     with pytest.raises(UserError, match=r"1261 of them are not in this split .* all 5,000 images"):
-        extended_metrics(result, [1, 2, 3], [4, 5, 6])
+        eccv_cxc_metrics(result, [1, 2, 3], [4, 5, 6])
 
 
 def write_annotations(tmp_path, entries):
@@ -148,7 +148,7 @@ def coco(tmp_path, monkeypatch):
 
 def test_a_run_on_cocos_test_finds_the_ids_under_data_root(coco, make_settings, tmp_path):
     def ids(**updates):
-        return pipeline.judged_ids(make_settings(**{"datasets": "coco", "data_root": str(tmp_path)} | updates), coco)
+        return pipeline._judged_ids(make_settings(**{"datasets": "coco", "data_root": str(tmp_path)} | updates), coco)
 
     assert find_annotations(tmp_path) == tmp_path / "coco" / "annotations" / "captions_val2014.json"
     assert ids() == ([9, 5], [71, 72])
@@ -162,13 +162,13 @@ def test_a_run_on_cocos_test_finds_the_ids_under_data_root(coco, make_settings, 
 
 def test_why_judged_matches_are_left_out_is_said_and_a_path_has_to_fit(coco, make_settings, tmp_path, caplog):
     settings = partial(make_settings, datasets="coco")
-    assert pipeline.judged_ids(settings(data_root=str(tmp_path / "elsewhere")), coco) is None
-    assert "left out: there is no annotations/captions_val2014.json" in caplog.text
+    assert pipeline._judged_ids(settings(data_root=str(tmp_path / "elsewhere")), coco) is None
+    assert "not computed: there is no annotations/captions_val2014.json" in caplog.text
     path = write_annotations(tmp_path, [(71, 9, "A dog."), (74, 5, "A cat")])  # 72 is judged, and not among them
     with pytest.raises(UserError, match=r"judged_matches=.*1 of them are not in this split .COCO id 72"):
-        pipeline.judged_ids(settings(judged_matches=str(path)), coco)
+        pipeline._judged_ids(settings(judged_matches=str(path)), coco)
     (tmp_path / "coco" / "annotations" / "captions_val2014.json").write_text(path.read_text())
-    assert pipeline.judged_ids(settings(data_root=str(tmp_path)), coco) is None
+    assert pipeline._judged_ids(settings(data_root=str(tmp_path)), coco) is None
     assert "COCO id 72" in caplog.text
 
 

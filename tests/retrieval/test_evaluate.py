@@ -14,16 +14,16 @@ from torch import nn
 
 from hacan.alignment import HybridAlignment, RevisedAlignment
 from hacan.errors import UserError
-from hacan.retrieval import evaluate as evaluating
-from hacan.retrieval import ranking
-from hacan.retrieval.compare import compare_results, load_result
-from hacan.retrieval.ensemble import member_of
-from hacan.retrieval.evaluate import Processes, Protocol, Split, evaluate
+from hacan.retrieval import provenance, ranking
+from hacan.retrieval.ensemble import build_scorer
+from hacan.retrieval.evaluate import evaluate, folds_of
+from hacan.retrieval.feature_cache import FeatureStorage
 from hacan.retrieval.metrics import mean_of_metrics, retrieval_metrics
-from hacan.retrieval.provenance import StageMeter, strict
-from hacan.retrieval.results import folds_of
-from hacan.retrieval.table import format_table
-from hacan.types import EncodedImages, EncodedTexts, PackedTexts
+from hacan.retrieval.provenance import write_json
+from hacan.retrieval.results import Protocol, format_table
+from hacan.retrieval.significance import compare_results, load_result
+from hacan.retrieval.stage_meter import StageMeter
+from hacan.types import EncodedImages, EncodedTexts, PackedTexts, Processes, Split
 
 WIDTH = 8
 
@@ -85,19 +85,25 @@ def make_split(image_of_text, *, images, seed=0, batch_size=4):
 IMAGE_OF_TEXT = [0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9]
 
 
-def make_member(seed=0, **arguments):
+def make_scorer(seed=0, **arguments):
     settings = {"direction": "t2i", "alignment": "hybrid", **arguments}
-    return member_of(ToyModel(seed, **settings), name=f"{seed}.ckpt", device=torch.device("cpu"))
+    return build_scorer(ToyModel(seed, **settings), name=f"{seed}.ckpt", device=torch.device("cpu"))
 
 
-def run(members, split, protocol=None, **arguments):
+def run(scorers, split, protocol=None, *, folder=None, memory=10, disk=None, processes=None, **changes):
     return evaluate(
-        members, split, protocol or Protocol(top_k=3), **{"feature_memory": 10, "progress": False, **arguments}
+        scorers,
+        split,
+        (protocol or Protocol(top_k=3))._replace(**changes),
+        storage=FeatureStorage(folder=folder, memory=memory),
+        disk=disk,
+        processes=processes,
+        progress=False,
     )
 
 
 def brute_force(member, pixels, tokens, lengths):
-    """(global, {stream: scores}) of all pairs, from features rounded as the bank rounds them."""
+    """(global, {stream: scores}) of all pairs, from features rounded as the cache rounds them."""
     images = member.encode_images(pixels)
     rows = zip(tokens, lengths, strict=True)
     texts = [member.encode_texts(t[None, :n], torch.ones(1, n, dtype=torch.bool)) for t, n in rows]
@@ -117,7 +123,7 @@ def brute_force(member, pixels, tokens, lengths):
 @pytest.mark.parametrize("members", [1, 2])
 def test_the_evaluator_is_the_loop_over_brute_force_scores(alignment, coarse, members):
     split, *material = make_split(IMAGE_OF_TEXT, images=10)
-    models = [make_member(seed, alignment=alignment) for seed in range(members)]
+    models = [make_scorer(seed, alignment=alignment) for seed in range(members)]
     found = run(models, split, Protocol(top_k=3, coarse=coarse))
     rough, exact = 0, 0
     for member in models:
@@ -137,16 +143,16 @@ def test_the_evaluator_is_the_loop_over_brute_force_scores(alignment, coarse, me
 
 def test_dropout_is_off_and_the_same_evaluation_gives_the_same_ranks():
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    one, other = run([make_member()], split), run([make_member()], split)
+    one, other = run([make_scorer()], split), run([make_scorer()], split)
     assert torch.equal(one.ranks[0][0], other.ranks[0][0]) and torch.equal(one.ranks[0][1], other.ranks[0][1])
-    assert one.receipt["ids_hash"] == other.receipt["ids_hash"]
-    assert one.receipt["members"] == other.receipt["members"]
+    assert one.provenance["ids_hash"] == other.provenance["ids_hash"]
+    assert one.provenance["members"] == other.provenance["members"]
 
 
 def test_five_folds_are_five_evaluations_and_their_mean():
     split, *material = make_split(IMAGE_OF_TEXT, images=10)
-    found = run([make_member()], split, Protocol(top_k=2, fold5=True), bootstrap=100)
-    pooled, streams = brute_force(make_member(), *material)
+    found = run([make_scorer()], split, Protocol(top_k=2, fold5=True), bootstrap=100)
+    pooled, streams = brute_force(make_scorer(), *material)
     exact = sum(streams.values())
     metrics = []
     for fold in range(5):
@@ -157,33 +163,40 @@ def test_five_folds_are_five_evaluations_and_their_mean():
         assert found.ranks[fold][0].tolist() == i2t and found.ranks[fold][1].tolist() == t2i
         metrics.append(retrieval_metrics(torch.tensor(i2t), torch.tensor(t2i)))
     assert found.hierarchical == mean_of_metrics(metrics)
-    assert found.receipt["protocol"] == "mean of 5 folds, each ranked on its own"
+    assert found.provenance["protocol"] == "mean of 5 folds, each ranked on its own"
     low, high = found.intervals["hierarchical"]["rsum"]
     assert low <= found.hierarchical.rsum <= high
 
 
 def test_folds_are_cut_by_images_and_never_by_captions():
+    def split_with(images, image_of_text):
+        return make_split(IMAGE_OF_TEXT, images=10)[0]._replace(ids=range(images), image_of_text=image_of_text)
+
     captions = torch.tensor([0] * 7 + list(range(10)))
-    assert folds_of(10, captions, Protocol(fold5=True)) == [slice(i, i + 2) for i in range(0, 10, 2)]
-    assert folds_of(10, captions, Protocol()) == [slice(0, 10)]
+    assert folds_of(split_with(10, captions), Protocol(fold5=True)) == [slice(i, i + 2) for i in range(0, 10, 2)]
+    assert folds_of(split_with(10, captions), Protocol()) == [slice(0, 10)]
     with pytest.raises(UserError, match="this one has 11 images"):
-        folds_of(11, captions, Protocol(fold5=True))
+        folds_of(split_with(11, captions), Protocol(fold5=True))
     with pytest.raises(UserError, match="fold 5 of 5 has no caption"):
-        folds_of(10, captions.clamp(max=7), Protocol(fold5=True))
+        folds_of(split_with(10, captions.clamp(max=7)), Protocol(fold5=True))
 
 
 def test_an_image_without_captions_is_no_query_but_stays_in_the_gallery():
     split, *_ = make_split([0, 0, 1, 3, 3], images=4)
-    found = run([make_member()], split, Protocol(top_k=99))
+    found = run([make_scorer()], split, Protocol(top_k=99))
     assert len(found.ranks[0][0]) == 3 and len(found.results[0].ranks_i2t) == 4
-    assert found.receipt["queries_i2t"] == 3 and found.receipt["images"] == 4 and found.receipt["queries_t2i"] == 5
+    assert (
+        found.provenance["queries_i2t"] == 3
+        and found.provenance["images"] == 4
+        and found.provenance["queries_t2i"] == 5
+    )
     assert found.results[0].top_t2i.shape == (5, 4)
     assert found.hierarchical.missed_i2t == 0
 
 
 def test_the_audit_is_labelled_and_says_what_the_release_rule_adds():
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    found = run([make_member()], split, Protocol(top_k=1))
+    found = run([make_scorer()], split, Protocol(top_k=1))
     assert found.hierarchical.missed_t2i > 0
     assert found.release_rule.r1_i2t == pytest.approx(found.hierarchical.r1_i2t + found.hierarchical.missed_i2t)
     assert found.inflation.rsum == pytest.approx(found.release_rule.rsum - found.hierarchical.rsum)
@@ -199,26 +212,26 @@ def test_the_audit_is_labelled_and_says_what_the_release_rule_adds():
 
 def test_a_shortlist_of_everything_leaves_nothing_to_inflate():
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    found = run([make_member()], split, Protocol(top_k=15))
+    found = run([make_scorer()], split, Protocol(top_k=15))
     assert set(found.inflation) == {0.0}
 
 
 def test_the_table_names_an_ensemble_and_its_members():
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    alone = run([make_member(0)], split)
-    both = run([make_member(0, direction="i2t"), make_member(1)], split, bootstrap=50)
-    assert "ENSEMBLE" not in format_table(alone) and not alone.receipt["ensemble"]
+    alone = run([make_scorer(0)], split)
+    both = run([make_scorer(0, direction="i2t"), make_scorer(1)], split, bootstrap=50)
+    assert "ENSEMBLE" not in format_table(alone) and not alone.provenance["ensemble"]
     table = format_table(both)
     assert "ENSEMBLE of 2 models" in table and "0.ckpt, 1.ckpt" in table and "i2t + t2i" in table
     assert "95% from" in table and "95% from" not in format_table(alone)
-    assert [member["checkpoint"] for member in both.receipt["members"]] == ["0.ckpt", "1.ckpt"]
-    assert both.receipt["members"][0]["hash"] != both.receipt["members"][1]["hash"]
+    assert [member["checkpoint"] for member in both.provenance["members"]] == ["0.ckpt", "1.ckpt"]
+    assert both.provenance["members"][0]["hash"] != both.provenance["members"][1]["hash"]
     assert max(map(len, table.splitlines())) <= 120
 
 
 def test_the_receipt_says_what_was_measured(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    member = make_member()._replace(settings={"lambda_softmax": 9.0})
+    member = make_scorer()._replace(settings={"lambda_softmax": 9.0})
     found = run([member], split, Protocol(top_k=4), bootstrap=20, seed=7)
     found.save(tmp_path)
     text = (tmp_path / "metrics.json").read_text()
@@ -247,15 +260,13 @@ def test_the_hash_of_ids_sees_every_id_caption_and_their_order():
         split._replace(captions=[*split.captions[:-1], "another"]),
         split._replace(image_of_text=torch.tensor([*IMAGE_OF_TEXT[:-1], 8])),
     ]
-    assert len({run([make_member()], one).receipt["ids_hash"] for one in changed}) == 4
+    assert len({run([make_scorer()], one).provenance["ids_hash"] for one in changed}) == 4
 
 
-def test_infinite_figures_are_null_in_json():
-    assert strict({"a": math.inf, "b": [1.5, -math.inf, math.nan], "c": (2, "x", None, True)}) == {
-        "a": None,
-        "b": [1.5, None, None],
-        "c": [2, "x", None, True],
-    }
+def test_infinite_numbers_are_null_in_json(tmp_path):
+    write_json(tmp_path / "x.json", {"a": math.inf, "b": [1.5, -math.inf, math.nan], "c": (2, "x", None, True)})
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found == {"a": None, "b": [1.5, None, None], "c": [2, "x", None, True]}
 
 
 def test_kept_features_serve_another_protocol_but_not_another_model(tmp_path):
@@ -269,30 +280,30 @@ def test_kept_features_serve_another_protocol_but_not_another_model(tmp_path):
 
         return member._replace(encode_images=encode_images)
 
-    first = run([counted(make_member())], split, folder=tmp_path)
+    first = run([counted(make_scorer())], split, folder=tmp_path)
     assert sum(encoded) == 10
-    again = run([counted(make_member())], split, Protocol(top_k=3), folder=tmp_path)
+    again = run([counted(make_scorer())], split, Protocol(top_k=3), folder=tmp_path)
     assert sum(encoded) == 10 and torch.equal(first.ranks[0][0], again.ranks[0][0])
-    run([counted(make_member(1))], split, folder=tmp_path)
+    run([counted(make_scorer(1))], split, folder=tmp_path)
     assert sum(encoded) == 20
-    run([counted(make_member())], split._replace(images_hash="other pictures"), folder=tmp_path)
+    run([counted(make_scorer())], split._replace(images_hash="other pictures"), folder=tmp_path)
     assert sum(encoded) == 30
-    run([counted(make_member()._replace(precision="bf16-mixed"))], split, folder=tmp_path)
+    run([counted(make_scorer()._replace(precision="bf16-mixed"))], split, folder=tmp_path)
     assert sum(encoded) == 40
-    run([counted(make_member()._replace(form="other levels of the same weights"))], split, folder=tmp_path)
+    run([counted(make_scorer()._replace(architecture_hash="other levels of the same weights"))], split, folder=tmp_path)
     assert sum(encoded) == 50
     assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_features_of_other_evaluations_make_room(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    run([make_member(0)], split, folder=tmp_path)
+    run([make_scorer(0)], split, folder=tmp_path)
     first = list(tmp_path.iterdir())
     for file in first[0].rglob("*"):
         os.utime(file, (1e9, 1e9))
-    run([make_member(1)], split, folder=tmp_path, feature_disk=1000)
+    run([make_scorer(1)], split, folder=tmp_path, disk=1000)
     assert len(list(tmp_path.iterdir())) == 2
-    run([make_member(2), make_member(3)], split, folder=tmp_path, feature_disk=0)
+    run([make_scorer(2), make_scorer(3)], split, folder=tmp_path, disk=0)
     assert not first[0].exists() and len(list(tmp_path.iterdir())) == 3  # that of 1 may still be filled
 
 
@@ -302,7 +313,7 @@ def test_sharded_evaluation_gives_exactly_the_ranks_of_one_process(tmp_path, mon
     monkeypatch.setattr(ranking, "FINE_IMAGES", 3)
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
     protocol = Protocol(top_k=3, fold5=fold5)
-    expected = run([make_member()], split, protocol)
+    expected = run([make_scorer()], split, protocol)
     barrier, shards, found = threading.Barrier(world_size), {}, [None] * world_size
 
     def gather(shard, rank):
@@ -311,7 +322,7 @@ def test_sharded_evaluation_gives_exactly_the_ranks_of_one_process(tmp_path, mon
         barrier.wait(30)
         return [shards[other] for other in range(world_size)]
 
-    members = [make_member() for _ in range(world_size)]
+    members = [make_scorer() for _ in range(world_size)]
 
     def process(rank):
         processes = Processes(rank, world_size, lambda: barrier.wait(30), partial(gather, rank=rank))
@@ -331,7 +342,7 @@ def test_sharded_evaluation_gives_exactly_the_ranks_of_one_process(tmp_path, mon
 @pytest.mark.parametrize("coarse", ["global", "release"])
 def test_the_curve_ends_at_the_full_ranking_and_passes_through_k(tmp_path, coarse):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    models = [make_member(0), make_member(1)]
+    models = [make_scorer(0), make_scorer(1)]
     found = run(models, split, Protocol(top_k=3, coarse=coarse), curve=True)
     assert found.curve.rsum[2] == pytest.approx(found.hierarchical.rsum)
     full = run(models, split, Protocol(top_k=15, coarse=coarse))
@@ -347,24 +358,24 @@ def test_a_model_that_gives_nan_is_an_error_and_never_a_rank():
     model = ToyModel(0)
     with torch.no_grad():
         model.project.weight[0, 0] = math.nan
-    member = member_of(model, name="x", device=torch.device("cpu"))
+    member = build_scorer(model, name="x", device=torch.device("cpu"))
     with pytest.raises(UserError, match="non-finite features"):
         run([member], split)
-    broken = make_member()._replace(score_pairs=lambda *arguments: torch.full((len(arguments[2]),), math.nan))
+    broken = make_scorer()._replace(score_pairs=lambda *arguments: torch.full((len(arguments[2]),), math.nan))
     with pytest.raises(ValueError, match="fine holds"):
         run([broken], split)
 
 
 def test_wrong_arguments_are_named(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
-    with pytest.raises(ValueError, match="images_hash of the split is empty"):
-        run([make_member()], split._replace(images_hash=""), folder=tmp_path)
-    with pytest.raises(ValueError, match="members is empty"):
+    with pytest.raises(ValueError, match="images_hash is empty"):
+        run([make_scorer()], split._replace(images_hash=""), folder=tmp_path)
+    with pytest.raises(ValueError, match="scorers is empty"):
         run([], split)
-    with pytest.raises(ValueError, match="coarse is 'cosine'"):
-        run([make_member()], split, Protocol(coarse="cosine"))
+    with pytest.raises(ValueError, match="coarse_kind is 'cosine'"):
+        run([make_scorer()], split, Protocol(coarse="cosine"))
     with pytest.raises(ValueError, match="precision is '16'"):
-        member_of(ToyModel(0), name="", device=torch.device("cpu"), precision="16")
+        build_scorer(ToyModel(0), name="", device=torch.device("cpu"), precision="16")
 
 
 def test_the_meter_adds_up_seconds_and_keeps_the_highest_memory():
@@ -388,15 +399,15 @@ def test_the_meter_adds_up_seconds_and_keeps_the_highest_memory():
 
 def test_the_source_hash_covers_what_makes_features(tmp_path):
     copy = tmp_path / "hacan"
-    shutil.copytree(evaluating.PACKAGE, copy)
-    known = evaluating.code_hash()
-    assert len(known) == 32 and evaluating.code_hash(copy) == known
-    for name in ("models/text_encoder.py", "images/io.py", "models/hacan.py", "types.py", "retrieval/store.py"):
+    shutil.copytree(provenance.PACKAGE, copy)
+    known = provenance.code_hash()
+    assert len(known) == 32 and provenance.code_hash(copy) == known
+    for name in ("models/text_encoder.py", "images/io.py", "models/hacan.py", "types.py", "retrieval/feature_cache.py"):
         (copy / name).write_text((copy / name).read_text() + "# changed")
-        assert evaluating.code_hash(copy) != known, name
-        known = evaluating.code_hash(copy)
+        assert provenance.code_hash(copy) != known, name
+        known = provenance.code_hash(copy)
     (copy / "losses.py").write_text("")
-    assert evaluating.code_hash(copy) == known
+    assert provenance.code_hash(copy) == known
 
 
 def test_coco_ids_bring_the_judged_matches(monkeypatch, tmp_path):
@@ -404,14 +415,14 @@ def test_coco_ids_bring_the_judged_matches(monkeypatch, tmp_path):
     texts = [1000 + j for j in range(15)]
     judged = {"i2t": {100: frozenset(texts)}, "t2i": {1000: frozenset({100}), 1001: frozenset({109})}}
     monkeypatch.setattr("hacan.retrieval.eccv_cxc.load_matches", lambda name: judged)
-    found = run([make_member()], split._replace(coco_ids=(split.ids, texts)), Protocol(top_k=15))
+    found = run([make_scorer()], split._replace(coco_ids=(split.ids, texts)), Protocol(top_k=15))
     assert found.extended["eccv_map_at_r"]["i2t"] == pytest.approx(100)
     assert found.extended["cxc_r10"]["t2i"] == pytest.approx(100)
     table = format_table(found)
     assert "ECCV Caption mAP@R" in table and "CxC R@10" in table
     assert found.to_json()["extended"] == found.extended
-    assert run([make_member()], split).extended is None
-    assert run([make_member()], split._replace(coco_ids=(split.ids, texts)), Protocol(fold5=True)).extended is None
+    assert run([make_scorer()], split).extended is None
+    assert run([make_scorer()], split._replace(coco_ids=(split.ids, texts)), Protocol(fold5=True)).extended is None
 
 
 @pytest.mark.parametrize(
@@ -419,7 +430,7 @@ def test_coco_ids_bring_the_judged_matches(monkeypatch, tmp_path):
 )
 def test_scores_that_are_not_finite_name_the_form_and_the_stream(stream, coarse, monkeypatch):
     split, *_ = make_split([0, 0, 1, 2], images=3)
-    member = make_member()
+    member = make_scorer()
     equation = getattr(HybridAlignment, stream)
     monkeypatch.setattr(HybridAlignment, stream, lambda *arguments: equation(*arguments) / 0)
     expected = "ksf" if stream == "key_semantic_filter" else "lrg_high, lrg_mid"
@@ -434,8 +445,12 @@ def test_two_evaluations_that_differ_in_a_hyperparameter_are_told_apart(tmp_path
     for name, scale in (("one", 9.0), ("other", 4.0)):
         model = ToyModel(0)
         model.alignment.lambda_softmax = scale
-        member = member_of(model, name=name, device=torch.device("cpu"), settings=model.alignment.hyperparameters)
+        member = build_scorer(model, name=name, device=torch.device("cpu"), settings=model.alignment.hyperparameters)
         run([member], split).save(tmp_path / name)
     one, other = (load_result(tmp_path / name) for name in ("one", "other"))
     printed = compare_results(one, other, resamples=10)
-    assert "lambda_softmax=9.0" in printed and "lambda_softmax=4.0" in printed and "agree in everything" not in printed
+    assert (
+        "lambda_softmax=9.0" in printed
+        and "lambda_softmax=4.0" in printed
+        and "all recorded fields are equal" not in printed
+    )

@@ -1,6 +1,8 @@
-import json
 import math
+import os
+import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,11 +10,21 @@ import torch
 import torch.nn.functional as F
 
 from hacan.errors import UserError
-from hacan.retrieval.features import content_hash, encode_gallery, hash_of_files, hash_of_tensors, select_images
-from hacan.retrieval.store import ArraySpec, RowStore, SpooledScores
-from hacan.types import EncodedImages, EncodedTexts
+from hacan.retrieval import feature_cache
+from hacan.retrieval.cached_scores import CachedScores
+from hacan.retrieval.ensemble import Scorer
+from hacan.retrieval.evaluate import select_images
+from hacan.retrieval.feature_cache import IN_USE_SECONDS, FeatureStorage, encode_gallery, mark_used, prune
+from hacan.retrieval.provenance import content_hash, hash_of_files, hash_of_tensors
+from hacan.retrieval.stage_meter import MIB, StageMeter
+from hacan.types import EncodedImages, EncodedTexts, Processes, Split
 
 IMAGES, TEXTS, HIGH, MID, WIDTH = 7, 19, 2, 3, 5
+
+
+@pytest.fixture(autouse=True)
+def one_batch_per_shard(monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD_BATCHES", 1)
 
 
 class ToySplit:
@@ -51,23 +63,38 @@ class ToySplit:
         high = token_ids[..., None] * torch.arange(1, WIDTH + 1) / 30
         return EncodedTexts(high, high / 2, mask, F.normalize(high[:, 0], dim=-1))
 
-    def encode(self, **arguments):
+    def encode(self, *, folder=None, memory=10, checkpoint="c", images=IMAGES, images_hash="images", processes=None):
         self.seen = {"images": [], "texts": []}
-        if arguments.get("folder") is not None:
-            arguments = {"key": {"checkpoint": "c"}, **arguments}
+        scorer = Scorer(
+            name="toy",
+            checkpoint_hash=checkpoint,
+            alignment="",
+            direction="",
+            precision="32-true",
+            device=torch.device("cpu"),
+            encode_images=self.encode_images,
+            encode_texts=self.encode_texts,
+            score=None,
+            score_pairs=None,
+        )
+        split = Split(
+            dataset="toy",
+            name="test",
+            ids=range(images),
+            captions=[""] * TEXTS,
+            image_of_text=self.image_of_text,
+            image_batches=self.image_batches,
+            text_batches=self.text_batches,
+            batch_size=self.batch_size,
+            images_hash=images_hash,
+        )
         return encode_gallery(
-            self.encode_images,
-            self.encode_texts,
-            self.image_batches,
-            self.text_batches,
-            **{
-                "image_of_text": self.image_of_text,
-                "images": IMAGES,
-                "batch_size": self.batch_size,
-                "feature_memory": 10,
-                "progress": False,
-                **arguments,
-            },
+            scorer,
+            split,
+            storage=FeatureStorage(folder=folder, memory=memory),
+            meter=StageMeter(torch.device("cpu")),
+            processes=processes,
+            progress=False,
         )
 
     def counts(self):
@@ -93,29 +120,29 @@ class ToySplit:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
-@pytest.mark.parametrize("feature_memory", [0, 10], ids=["mapped", "in memory"])
+@pytest.mark.parametrize("memory", [0, 10], ids=["mapped", "in memory"])
 @pytest.mark.parametrize("kept", [False, True], ids=["for this process", "kept"])
-def test_each_item_is_encoded_once_into_its_own_row(batch_size, feature_memory, kept, tmp_path):
+def test_each_item_is_encoded_once_into_its_own_row(batch_size, memory, kept, tmp_path):
     split = ToySplit(batch_size)
-    gallery = split.encode(feature_memory=feature_memory, folder=tmp_path if kept else None)
+    gallery = split.encode(memory=memory, folder=tmp_path if kept else None)
     assert sorted(split.seen["images"]) == list(range(IMAGES)) and len(split.seen["texts"]) == TEXTS
     split.check(gallery)
 
 
-def test_a_kept_bank_is_used_again_and_only_for_the_same_things(tmp_path):
+def test_cached_features_are_used_again_for_the_same_inputs_only(tmp_path):
     split = ToySplit()
     split.encode(folder=tmp_path)
     split.check(split.encode(folder=tmp_path))
     split.encode(folder=tmp_path)
     assert split.counts() == (0, 0)
-    split.encode(folder=tmp_path, key={"checkpoint": "another"})
+    split.encode(folder=tmp_path, checkpoint="another")
     assert split.counts() == (IMAGES, TEXTS)
     split.tokens[3, 0] += 1  # another caption: its hash is taken here, the caller need not know
     split.encode(folder=tmp_path)
     assert split.counts() == (IMAGES, TEXTS)
 
 
-def test_an_interrupted_encoding_goes_on_after_its_last_complete_batch(tmp_path):
+def test_an_interrupted_encoding_resumes_after_its_last_complete_shard(tmp_path):
     class Interrupted(Exception):
         pass
 
@@ -136,16 +163,52 @@ def test_an_interrupted_encoding_goes_on_after_its_last_complete_batch(tmp_path)
     split.check(gallery)
 
 
-def test_half_a_line_of_the_journal_is_ignored(tmp_path):
+@pytest.mark.parametrize("mark", ["", "00000000", "nonsense"])
+def test_a_wrong_completion_mark_is_not_believed(tmp_path, mark):
     split = ToySplit()
     split.encode(folder=tmp_path)
-    (journal,) = tmp_path.glob("*/images/journal-0.jsonl")
-    journal.write_text(journal.read_text().strip()[:-5])
+    (file,) = tmp_path.glob("*/images/shard-1")
+    file.write_text(mark)
     gallery = split.encode(folder=tmp_path)
     assert split.seen["images"] == [4, 5, 6]
     split.check(gallery)
-    split.encode(folder=tmp_path)  # the line that followed the half one counts
+    split.encode(folder=tmp_path)
     assert split.counts() == (0, 0)
+
+
+def test_files_of_another_entry_are_not_believed(tmp_path):
+    """The checksum depends on the key, so that copied files do not pass for this entry's."""
+    one, other = ToySplit(), ToySplit(seed=1)
+    one.encode(folder=tmp_path / "one")
+    other.image_of_text, other.lengths, other.tokens = one.image_of_text, one.lengths, one.tokens
+    other.encode(folder=tmp_path / "other", images_hash="other")
+    (source,), (target,) = (tmp_path / "other").iterdir(), (tmp_path / "one").iterdir()
+    shutil.rmtree(target / "images")
+    shutil.copytree(source / "images", target / "images")
+    gallery = one.encode(folder=tmp_path / "one")
+    assert one.seen["images"] == list(range(IMAGES))
+    one.check(gallery)
+
+
+@pytest.mark.parametrize("shard", [1, 2, 8])
+def test_a_shard_is_the_unit_of_resuming(tmp_path, monkeypatch, shard):
+    monkeypatch.setattr(feature_cache, "SHARD_BATCHES", shard)
+    split = ToySplit(batch_size=1)
+    whole = split.encode_images
+
+    def stops(pixels):
+        if len(split.seen["images"]) == 5:
+            raise InterruptedError
+        return whole(pixels)
+
+    split.encode_images = stops
+    with pytest.raises(InterruptedError):
+        split.encode(folder=tmp_path)
+    split.encode_images = whole
+    split.check(split.encode(folder=tmp_path))
+    gallery = ToySplit(batch_size=1)
+    split.encode(folder=tmp_path)
+    assert gallery.counts() == (0, 0)
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut short", "not an array", "deleted"])
@@ -169,7 +232,7 @@ def test_damaged_features_are_encoded_again(tmp_path, damage):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])
-def test_several_processes_fill_one_bank_with_the_features_of_one(tmp_path, world_size):
+def test_several_processes_share_the_encoding(tmp_path, world_size):
     alone = ToySplit().encode(folder=None)
     barrier = threading.Barrier(world_size)
     splits = [ToySplit() for _ in range(world_size)]
@@ -177,7 +240,7 @@ def test_several_processes_fill_one_bank_with_the_features_of_one(tmp_path, worl
 
     def process(rank):
         galleries[rank] = splits[rank].encode(
-            folder=tmp_path, rank=rank, world_size=world_size, barrier=lambda: barrier.wait(30)
+            folder=tmp_path, processes=Processes(rank, world_size, lambda: barrier.wait(30))
         )
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(world_size)]
@@ -230,15 +293,16 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 def test_wrong_arguments_are_named(tmp_path):
     split = ToySplit()
-    with pytest.raises(ValueError, match="folder is given without a key"):
-        split.encode(folder=tmp_path, key=None)
-    with pytest.raises(ValueError, match="world_size is 2 without a folder"):
-        split.encode(world_size=2)
+    with pytest.raises(ValueError, match="images_hash is empty"):
+        split.encode(folder=tmp_path, images_hash="")
+    with pytest.raises(ValueError, match="world_size is 2 without a cache folder"):
+        split.encode(processes=Processes(0, 2))
     with pytest.raises(UserError, match="0 images and 19 captions"):
         split.encode(images=0)
     with pytest.raises(ValueError, match="1 of 8 images were not encoded"):
         split.image_batches = lambda rows: ToySplit().image_batches(r for r in rows if r < IMAGES)
-        split.encode(images=8, batch_size=7)
+        split.batch_size = 7
+        split.encode(images=8)
     split.text_batches = lambda rows: ToySplit().text_batches(range(3, TEXTS))
     with pytest.raises(ValueError, match="left out 3 of 19 texts"):
         split.encode()
@@ -286,8 +350,8 @@ def test_hashes_tell_contents_apart(tmp_path):
     assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1}) != content_hash({"a": 1, "b": [3]})
 
 
-def test_spooled_scores_are_computed_once(tmp_path):
-    for in_memory in (0, 2**20):
+def test_cached_scores_are_computed_once():
+    for memory_limit in (0, 2**20):
         asked = []
         scores = torch.rand(5, 7)
 
@@ -295,18 +359,66 @@ def test_spooled_scores_are_computed_once(tmp_path):
             asked.append(rows)
             return scores[rows]
 
-        spooled = SpooledScores(compute, images=5, texts=7, in_memory=in_memory)
+        cached = CachedScores(compute, images=5, texts=7, memory_limit=memory_limit)
         for _ in range(2):
-            assert torch.equal(spooled(slice(0, 3)), scores[:3]) and torch.equal(spooled(slice(3, 5)), scores[3:])
-        assert torch.equal(spooled(slice(0, 5)), scores) and len(asked) == 2
+            assert torch.equal(cached(slice(0, 3)), scores[:3]) and torch.equal(cached(slice(3, 5)), scores[3:])
+        assert torch.equal(cached(slice(0, 5)), scores) and len(asked) == 2
 
 
-def test_a_journal_of_other_things_is_not_believed(tmp_path):
-    specs = {"high": ArraySpec((3, 2), torch.float32)}
-    RowStore(specs, rows=3, folder=tmp_path, in_memory=True).write(torch.tensor([0, 1]), {"high": torch.ones(2, 2)})
-    journal = tmp_path / "journal-0.jsonl"
-    for line in ('{"rows": [2], "crc": 5}', '{"rows": [7], "crc": 5}', '{"rows": [], "crc": 0}', "7", "[]", "{}"):
-        journal.write_text(journal.read_text() + line + "\n")
-    store = RowStore(specs, rows=3, folder=tmp_path, in_memory=True)
-    assert store.done.tolist() == [True, True, False]
-    assert json.loads(journal.read_text().splitlines()[1])["rows"] == [0, 1]
+# ---------------------------------------------------------------------------------------------- size of the cache
+
+NOW = time.time()
+
+
+@pytest.fixture
+def entries(tmp_path):
+    """Entries of 3, 2 and 4 MiB that were last used two days, one day and half a day ago, and a file beside them."""
+    for name, size, days in (("oldest", 3, 2.0), ("older", 2, 1.0), ("old", 4, 0.5)):
+        mark_used(tmp_path / name)
+        (tmp_path / name / "images").mkdir()
+        (tmp_path / name / "images" / "high.npy").write_bytes(bytes(size * MIB))
+        last_used(tmp_path / name, NOW - days * 86400)
+    (tmp_path / "a file").write_text("not an entry")
+    return tmp_path
+
+
+def last_used(entry, when):
+    for file in entry.rglob("*"):
+        os.utime(file, (when, when))
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"),
+    [
+        (9, {"oldest", "older", "old"}),
+        (8, {"older", "old"}),
+        (6, {"older", "old"}),
+        (5, {"old"}),
+        (3, set()),
+        (0, set()),
+    ],
+)
+def test_the_least_recently_used_entry_is_deleted_first(entries, budget, left):
+    gone = prune(entries, budget=budget, began=NOW)
+    assert {path.name for path in entries.iterdir()} == left | {"a file"}
+    assert {path.name for path in gone} == {"oldest", "older", "old"} - left
+
+
+def test_entries_of_this_evaluation_are_kept(entries):
+    began = NOW - 3 * IN_USE_SECONDS  # they were taken up then, and only read since
+    last_used(entries / "oldest", began)
+    prune(entries, budget=0, began=began)
+    assert {path.name for path in entries.iterdir()} == {"oldest", "a file"}
+
+
+def test_an_entry_that_another_evaluation_may_be_filling_is_kept(entries):
+    (entries / "older" / "images" / "shard-0").touch()
+    prune(entries, budget=0, began=time.time() + 60)
+    assert {path.name for path in entries.iterdir()} == {"older", "a file"}
+
+
+def test_using_an_entry_makes_it_the_most_recent(entries):
+    mark_used(entries / "oldest")
+    prune(entries, budget=3, began=time.time())
+    assert (entries / "oldest").is_dir() and not (entries / "old").exists()
+    assert prune(entries / "nowhere", budget=0, began=NOW) == []

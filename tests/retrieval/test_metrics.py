@@ -20,7 +20,7 @@ from hacan.retrieval.metrics import (
     retrieval_metrics,
     rsum,
 )
-from hacan.retrieval.significance import NAMES, paired_test, recall_intervals
+from hacan.retrieval.significance import TITLES, paired_test, recall_intervals
 
 INF = math.inf
 
@@ -138,7 +138,7 @@ def test_bootstrap_intervals_are_those_of_drawing_queries():
     found = recall_intervals([(ranks, ranks)], resamples=20_000, seed=0)
     assert found["r5_i2t"] == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=12.6)  # one query is 12.5
     assert found["r5_i2t"][0] < recall_at(ranks, 5) < found["r5_i2t"][1]
-    assert list(found) == list(NAMES)
+    assert list(found) == list(TITLES)
 
 
 def test_bootstrap_of_certain_recalls_has_no_width_and_folds_narrow_it():

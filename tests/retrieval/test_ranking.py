@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import references
@@ -10,7 +11,6 @@ from hacan.retrieval import curve as curves
 from hacan.retrieval import ranking
 from hacan.retrieval.curve import COLUMNS, Curve, mean_curve, recalls_by_k, trade_off
 from hacan.retrieval.metrics import ranks_of_first_match, retrieval_metrics
-from hacan.retrieval.provenance import StageMeter
 from hacan.retrieval.ranking import (
     HierarchicalRetriever,
     coarse_ranks,
@@ -19,6 +19,7 @@ from hacan.retrieval.ranking import (
     rank_shortlists,
     shortlists,
 )
+from hacan.retrieval.stage_meter import StageMeter
 
 INF = math.inf
 
@@ -298,16 +299,15 @@ def test_the_curve_of_callables(add_coarse, small_blocks):
     coarse, fine = torch.rand(2, 6, 13, generator=generator)
     image_of_text = torch.arange(13) % 6
     complete = coarse + fine if add_coarse else fine
-    found = trade_off(
-        lambda rows: coarse[rows],
-        lambda rows: complete[rows],
-        lambda pairs: fine[pairs[:, 0], pairs[:, 1]],
-        image_of_text,
+    scores = SimpleNamespace(
+        coarse=lambda rows: coarse[rows],
+        fine=lambda rows: complete[rows],
+        pairs=lambda pairs: fine[pairs[:, 0], pairs[:, 1]],
+        image_of_text=image_of_text,
         images=6,
-        add_coarse=add_coarse,
-        meter=StageMeter(torch.device("cpu")),
-        progress=False,
+        adds_coarse=add_coarse,
     )
+    found = trade_off(scores, meter=StageMeter(torch.device("cpu")), progress=False)
     values, _ = recalls_by_k(coarse, complete, image_of_text)
     assert (found.values == values).all()
     assert list(found.seconds) == [1, 2, 5, 10, 13] == list(found.host_peak_mib)
