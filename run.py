@@ -76,8 +76,7 @@ def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
 
         from datamodules.tokens import load_tokenizer  # torch and its kin are imported only now
         from hacan import pipeline
-        from hacan.checkpoints.checkpoint import open_checkpoint
-        from hacan.checkpoints.opening import open_models
+        from hacan.checkpoints.loading import open_checkpoint, open_models
 
         models, tokenizer, settings = open_models(settings, load_tokenizer)
         data = build_data(settings, tokenizer)

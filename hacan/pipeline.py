@@ -16,9 +16,8 @@ import torch.distributed as dist
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from transformers import PreTrainedTokenizerBase
 
-from hacan.checkpoints.checkpoint import read_checkpoint
-from hacan.checkpoints.description import DESCRIPTION, describe_model
-from hacan.checkpoints.opening import MODEL_DATA_KEYS
+from hacan.checkpoints.checkpoint import DESCRIPTION, describe_model, read_checkpoint
+from hacan.checkpoints.loading import MODEL_DATA_KEYS
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.images.preprocessing import uses_centre_crop

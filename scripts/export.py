@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.checkpoints.export import export
+from hacan.checkpoints.pretrained import export
 from hacan.errors import UserError
 
 

@@ -18,7 +18,7 @@ from tiny_run import TINY_DEMO, run_py, settings_of, train_here
 
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
-from hacan.checkpoints.opening import open_models
+from hacan.checkpoints.loading import open_models
 from hacan.errors import UserError, one_line_errors, require_writable
 from hacan.lock import LOCK, OWNER, FolderLock
 from hacan.run_record import RunRecord

@@ -10,7 +10,7 @@ from tiny_run import TINY_DEMO, settings_of
 
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
-from hacan.checkpoints.opening import open_models
+from hacan.checkpoints.loading import open_models
 from hacan.retrieval.ranking import rank_shortlists
 from run import build_data
 

@@ -10,7 +10,7 @@ import torch
 from config import ex
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
-from hacan.checkpoints.opening import open_models
+from hacan.checkpoints.loading import open_models
 from hacan.settings import Settings
 from run import build_data
 

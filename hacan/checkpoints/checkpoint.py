@@ -1,141 +1,82 @@
-"""Checkpoints: reading any accepted kind, recognised by its keys, and saying what became of its tensors.
+"""Our checkpoints: what they hold besides the weights, reading, and writing.
 
-Ours is a Lightning checkpoint whose key `hacan` describes the model (`description.py`); others are the public
-release's and plain weights (`release.py`).
+A checkpoint is a Lightning file whose key `hacan` describes the model, or an exported folder with the same description
+in config.json. The model can be rebuilt from it without the run's config, the hub, or the backbones' own files.
 """
 
-import dataclasses
-import logging
+import hashlib
+import json
+import os
+import tempfile
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
-from torch import Tensor
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hacan.checkpoints.description import (
-    CONFIG_FILE,
-    DESCRIPTION,
-    describe_model,
-    model_from_description,
-    read_exported,
-    tokenizer_from_description,
-)
-from hacan.checkpoints.release import RELEASE_DEFAULTS, is_release, name_of_release, release_settings
-from hacan.checkpoints.saving import atomic_save, file_hash
 from hacan.errors import UserError
 from hacan.models.factory import build_model, model_settings
 from hacan.models.hacan import HACAN
-from hacan.models.text_encoder import Vocabulary, bert_sizes, config_of_state
-from hacan.models.weights import BrokenFileError, load_exactly, read_file, tensors_of
-from hacan.settings import ModelSettings
+from hacan.models.weights import BrokenFileError, read_file
+from hacan.settings import Settings
 
-__all__ = [
-    "Checkpoint",
-    "atomic_save",
-    "describe_model",
-    "file_hash",
-    "load_checkpoint",
-    "model_from_description",
-    "open_checkpoint",
-    "read_checkpoint",
-    "tokenizer_from_description",
-]
-
-log = logging.getLogger(__name__)
-
-OUR_MODULES = ("image_encoder.", "text_encoder.", "project_", "aggregate_", "alignment.")
+DESCRIPTION = "hacan"  # the key in a checkpoint
+FORMAT = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # in an exported folder
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that was read, and what became of its tensors. None of ours is ever missing: that is an error."""
-
-    model: HACAN
-    kind: str  # "hacan", "release" or "plain"
-    settings: ModelSettings  # those that the model was built with
-    description: dict[str, Any] | None  # ours: what `describe_model` wrote
-    mapped: dict[str, str]  # its name of a tensor -> ours
-    ignored: list[str]  # its names without a use here
+# -- the description --------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: str | Path, *, trust: bool = False, settings: ModelSettings | None = None) -> HACAN:
-    """The model of any checkpoint that is accepted, in evaluation mode; see `open_checkpoint`."""
-    return open_checkpoint(path, trust=trust, settings=settings).model
+def describe_model(model: HACAN, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what is needed besides the weights to rebuild the model, as plain values."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).iterdir())}
+    description = {
+        "format": FORMAT,
+        "settings": settings.to_flat(),
+        "text_config": model.text_encoder.backbone.config.to_dict(),
+        "tokenizer": files,
+    }
+    return json.loads(json.dumps(description, default=str))
 
 
-def open_checkpoint(
-    path: str | Path,
-    *,
-    trust: bool = False,
-    settings: ModelSettings | None = None,
-    image_size: int = 224,
-    score_memory: int = 256,
-    load_tokenizer: Callable[[], Vocabulary] | None = None,
-) -> Checkpoint:
-    """Read a checkpoint of any accepted kind, recognised by its keys; the model comes in evaluation mode.
-
-    - ours, or a folder that `scripts/export.py` wrote: the model is rebuilt from its own description;
-    - the public release's: sizes come from its tensors, alignment, direction and activation from `settings`;
-    - a plain state dict or safetensors file in our names: the architecture comes from `settings`, and of a text encoder
-      that began at random the number of its padding from the tokenizer that `load_tokenizer` gives.
-
-    What was mapped and ignored is returned and logged; a missing tensor or one of another shape is a UserError.
-    """
-    content = read_checkpoint(path, trust=trust)
-    description = content.get(DESCRIPTION)
-    tensors = tensors_of(content, source=path)
-    names = {key: _our_name(key) for key in tensors}
-    state = {names[key]: value for key, value in tensors.items()}
-    if isinstance(description, Mapping):
-        kind, model = "hacan", model_from_description(description, score_memory=score_memory)
-        settings = model_settings(description["settings"])
-    elif is_release(state):
-        kind = "release"
-        names = {key: name_of_release(name) for key, name in names.items()}
-        state = {name: tensors[key] for key, name in names.items() if name}
-        written = _config_inside(content)
-        settings = release_settings(state, given=settings, written=written)
-        _warn_of_other_ways(settings, written, source=path)
-        text = {**bert_sizes(_text_tensors(state), source=path), **settings.text_encoder_args}
-    elif all(any(key.startswith(module) for key in state) for module in ("image_encoder.", "text_encoder.")):
-        if settings is None:
-            raise UserError(
-                f"{path} holds weights in our names, but not the settings that they belong to: give the config of its "
-                "training, or a checkpoint (.ckpt) that a training wrote"
-            )
-        kind, tokenizer = "plain", load_tokenizer() if load_tokenizer is not None else None
-        text = config_of_state(settings, _text_tensors(state), source=path, tokenizer=tokenizer)
-    else:
-        raise UserError(_unknown(path, state))
-    if kind != "hacan":
-        model = build_model(
-            settings, image_size=image_size, score_memory=score_memory, load_weights=False, text_config=text
+def model_from_description(description: Mapping[str, Any], *, score_memory: int = 256) -> HACAN:
+    """Return the model that `describe_model` described, with random weights."""
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"the checkpoint has format {description.get('format')!r}, expected {FORMAT}: another version of this "
+            "program wrote it; read it with that version"
         )
-    load_exactly(model, state, source=path)
-    own = model.state_dict()
-    found = Checkpoint(
-        model=model.eval(),
-        kind=kind,
-        settings=settings,
-        description=dict(description) if kind == "hacan" else None,
-        mapped={key: name for key, name in names.items() if name in own},
-        ignored=[key for key, name in names.items() if name not in own],
+    return build_model(
+        model_settings(description["settings"]),
+        image_size=description["settings"]["image_size"],
+        score_memory=score_memory,
+        load_weights=False,
+        text_config=description["text_config"],
     )
-    log.info(
-        "%s: %s checkpoint; %d tensors mapped%s, none missing, %d ignored%s",
-        path,
-        kind,
-        len(found.mapped),
-        _renamed(found.mapped),
-        len(found.ignored),
-        f" ({', '.join(found.ignored)})" if found.ignored else "",
-    )
-    return found
+
+
+def tokenizer_from_description(description: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer whose files `describe_model` stored. Code in a tokenizer's folder is never run."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in description["tokenizer"].items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
-    """What a checkpoint file or an exported folder holds; for a broken file, its newest whole neighbour is offered."""
+    """Return the content of a checkpoint file or of an exported folder.
+
+    trust: also read pickles of more than tensors, which can run code. The error for a broken file names the newest
+    readable checkpoint beside it.
+    """
     path = Path(path)
     if path.is_dir():
         return read_exported(path)
@@ -144,61 +85,89 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     except BrokenFileError as error:
         others = [other for other in path.parent.glob(f"*{path.suffix}") if other != path and zipfile.is_zipfile(other)]
         newest = max(others, key=lambda other: other.stat().st_mtime, default=None)
-        remedy = f"the newest whole one beside it is {newest}" if newest else "there is no whole one beside it"
+        remedy = f"the newest readable one beside it is {newest}" if newest else "there is no readable one beside it"
         raise BrokenFileError(f"{error}; {remedy}") from error
     exported = path.suffix == ".safetensors" and (path.parent / CONFIG_FILE).is_file()
     return read_exported(path.parent) if exported else content
 
 
-def _our_name(key: str) -> str:
-    """A key of a LightningModule's state dict, whose model is its attribute `model`, as the model's own."""
-    name = key.removeprefix("model.")
-    return name if name.startswith(OUR_MODULES) else key
+def read_exported(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder that `scripts/export.py` or `save_pretrained` wrote, as that of a checkpoint."""
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise UserError(f"{folder} is a folder without {CONFIG_FILE}: expected one that scripts/export.py wrote")
+    try:
+        description = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BrokenFileError(f"{config} is broken: {error}") from error
+    if not isinstance(description, dict) or "settings" not in description or "text_config" not in description:
+        raise UserError(
+            f"{config} does not describe a HACAN (no settings, no text_config): expected a folder that "
+            "scripts/export.py wrote"
+        )
+    names = [Path(name).name for name in description.pop("tokenizer_files", [])]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise UserError(f"{folder} lacks the tokenizer's {', '.join(missing) or 'files'}: export the checkpoint again")
+    description["tokenizer"] = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    return {DESCRIPTION: description, "state_dict": read_file(folder / WEIGHTS_FILE)}
 
 
-def _text_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the text backbone, as it names them itself."""
-    prefix = "text_encoder.backbone."
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _renamed(mapped: Mapping[str, str]) -> str:
-    """Which module's tensors went to which of ours, and how many; nothing where they keep their names."""
-    counts = Counter(
-        (theirs.split(".")[0], ours.split(".")[0])
-        for theirs, ours in mapped.items()
-        if theirs not in (ours, f"model.{ours}")
-    )
-    groups = ", ".join(f"{theirs}.* -> {ours}.* {count}" for (theirs, ours), count in counts.items())
-    return f" ({groups})" if groups else ""
+def atomic_save(content: Any, path: str | Path) -> None:
+    """`torch.save` to a temporary file, then rename it: a crash or a full disk leaves the previous file."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    written = None
+    try:
+        with open(partial, "wb") as file:
+            written = _FileWithError(file)
+            torch.save(content, written)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        kept = f"; the previous {path.name} is kept" if path.exists() else ""
+        cause = written.error if written is not None and written.error is not None else error
+        reason = getattr(cause, "strerror", None) or str(cause).strip().splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}{kept}. Free space there, or give save_path=PATH") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _config_inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The flat config that a Lightning checkpoint keeps among its hyper-parameters, or nothing."""
-    kept = content.get("hyper_parameters")
-    kept = kept.get("config", kept) if isinstance(kept, Mapping) else None
-    return kept if isinstance(kept, Mapping) else {}
+class _FileWithError:
+    """A file that keeps the error of a failed write; torch reports a full disk as "unexpected pos 64 vs 0"."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """Write to the file."""
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Do nothing: a second failure here would hide the first."""
 
 
-def _warn_of_other_ways(settings: ModelSettings, written: Mapping[str, Any], *, source: str | Path) -> None:
-    """Say where this run scores otherwise than the release's own config has it: the config of this run decides."""
-    now = dataclasses.asdict(settings)
-    others = [
-        f"{key}={written[key]!r}, here {now[key]!r}"
-        for key in RELEASE_DEFAULTS
-        if written.get(key, now[key]) != now[key]
-    ]
-    if others:
-        log.warning("%s was written with %s: the config of this run holds", source, "; ".join(others))
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unknown(path: str | Path, state: Mapping[str, Tensor]) -> str:
-    first = ", ".join(list(state)[:3])
-    if any(key.endswith("embeddings.word_embeddings.weight") for key in state):
-        return f"{path} holds the weights of a text encoder alone ({first}, ...): give it as text_weights=PATH"
-    if any(key in state for key in ("stem.0.weight", "downsample_layers.0.0.weight", "conv_stem.weight", "cls_token")):
-        return f"{path} holds the weights of an image encoder alone ({first}, ...): give it as image_weights=PATH"
-    return (
-        f"{path} is no checkpoint of a kind known here: its keys are {first}, ...; expected ours (image_encoder.*, "
-        "text_encoder.*) or the public release's (convnexts.*, text_transformer.*)"
-    )
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, on systems where a folder can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

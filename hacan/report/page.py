@@ -141,7 +141,7 @@ def _notes(evaluation: Evaluation) -> str:
         f"Small figures are 95% bootstrap intervals over queries ({resamples:,} resamples)."
         if resamples
         else "No intervals: this evaluation was made with bootstrap=0.",
-        f"A query without a correct item in its shortlist of K = {evaluation.provenance['top_k']} is a miss at every K.",
+        f"A query without a correct item in its shortlist (K = {evaluation.provenance['top_k']}) is a miss at every K.",
         "Ranks count from 1; the mean rank is over the queries that have one.",
     ]
     return f'<p class="note">{" ".join(notes)}</p>'

@@ -45,7 +45,7 @@ Features = dict[str, Tensor]  # high, mid, pooled
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStorage:
-    """Where features are stored. folder: of the cache, None: no cache; memory: MiB held in memory, the rest is mapped."""
+    """Where features are stored. folder: of the cache, or None; memory: MiB held in memory, the rest is mapped."""
 
     folder: Path | None = None
     memory: int = 8192

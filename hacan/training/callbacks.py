@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from hacan.checkpoints.saving import atomic_save
+from hacan.checkpoints.checkpoint import atomic_save
 from hacan.errors import UserError
 from hacan.lock import FolderLock
 

@@ -131,7 +131,7 @@ def benchmark_ranking(options: argparse.Namespace) -> None:
 
 
 def drawn_gallery(options: argparse.Namespace, meter: StageMeter) -> Gallery:
-    """Features stored by `encode_gallery` itself, with encoders that draw: captions resemble their image's embedding."""
+    """Features stored by `encode_gallery` itself, of encoders that draw: a caption resembles its image's embedding."""
     texts = options.images * options.captions
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randn(texts, generator=generator).mul(2.5).add(13).round().clamp(8, LONGEST).long()

@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    monkeypatch.setattr("hacan.checkpoints.saving.os.fsync", full)
+    monkeypatch.setattr("hacan.checkpoints.checkpoint.os.fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*(best|last).ckpt: No space left on device") as error:
         fit(tmp_path)
     assert "\n" not in str(error.value)

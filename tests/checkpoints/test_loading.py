@@ -13,16 +13,15 @@ from references import original_convnext_state
 from safetensors.torch import save_file
 from tiny_release import DEPTHS, DIMS, LEFTOVERS, WIDTH, Release
 
-import hacan.checkpoints.saving
+import hacan.checkpoints.checkpoint
 from hacan.checkpoints.checkpoint import (
     atomic_save,
     describe_model,
     file_hash,
-    load_checkpoint,
     model_from_description,
-    open_checkpoint,
     tokenizer_from_description,
 )
+from hacan.checkpoints.loading import load_checkpoint, open_checkpoint
 from hacan.errors import UserError
 from hacan.models.weights import BrokenFileError
 
@@ -225,7 +224,7 @@ def test_what_the_releases_tensors_do_not_tell(release, make_settings, caplog):
     assert (model.alignment.direction, model.alignment.focal_type) == ("both", "equal")
     assert isinstance(model.aggregate_image.activation, torch.nn.Tanh)
     assert model.text_encoder.levels == (2, 4)  # sizes and levels are the release's, not those of the settings
-    assert "release.ckpt was written with direction='i2t', here 'both': the config of this run holds" in caplog.text
+    assert "release.ckpt was written with direction='i2t', here 'both': the config of this run is used" in caplog.text
     assert caplog.text.count("was written with") == 1
 
 
@@ -253,7 +252,7 @@ def test_plain_weights_in_our_names(make_model, make_settings, tmp_path, pixels,
     found = open_checkpoint(path, settings=make_settings().model, image_size=64)
     assert (found.kind, found.description) == ("plain", None)
     same(features(found.model, pixels, captions), features(model, pixels, captions))
-    with pytest.raises(UserError, match=r"not the settings that they belong to"):
+    with pytest.raises(UserError, match=r"without settings"):
         open_checkpoint(path)
 
 
@@ -341,7 +340,7 @@ def test_a_broken_file_is_named_and_a_whole_one_offered(ours, damage):
             damage
         ]
     )
-    with pytest.raises(BrokenFileError, match=rf"{last} is broken.*newest whole one beside it is {good}"):
+    with pytest.raises(BrokenFileError, match=rf"{last} is broken.*newest readable one beside it is {good}"):
         load_checkpoint(last)
 
 
@@ -351,13 +350,13 @@ def test_the_newest_whole_file_is_offered(ours):
     previous.write_bytes(best.read_bytes())
     os.utime(best, (time.time() - 500, time.time() - 500))
     last.write_bytes(best.read_bytes()[:5000])
-    with pytest.raises(BrokenFileError, match=rf"whole one beside it is {previous}"):
+    with pytest.raises(BrokenFileError, match=rf"readable one beside it is {previous}"):
         load_checkpoint(last)
     previous.write_bytes(b"PK")
-    with pytest.raises(BrokenFileError, match=rf"whole one beside it is {best}"):
+    with pytest.raises(BrokenFileError, match=rf"readable one beside it is {best}"):
         load_checkpoint(last)
     best.unlink()
-    with pytest.raises(BrokenFileError, match=r"there is no whole one beside it"):
+    with pytest.raises(BrokenFileError, match=r"there is no readable one beside it"):
         load_checkpoint(last)
 
 
@@ -391,10 +390,8 @@ def test_a_full_disk_keeps_the_file_that_was_there(tmp_path, monkeypatch, failur
         file.write(b"PK half of it")
         raise failure
 
-    monkeypatch.setattr(hacan.checkpoints.saving.torch, "save", write_half)
-    with pytest.raises(
-        UserError, match=r"cannot write .*last.ckpt: .*(No space left|failed writing).*that was there is kept"
-    ):
+    monkeypatch.setattr(hacan.checkpoints.checkpoint.torch, "save", write_half)
+    with pytest.raises(UserError, match=r"cannot write .*last.ckpt: .*(No space left|failed writing).*is kept"):
         atomic_save({"value": torch.tensor(2)}, path)
     assert torch.load(path, weights_only=True)["value"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

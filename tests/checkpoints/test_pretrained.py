@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 import hacan
-from hacan.checkpoints.checkpoint import atomic_save, describe_model, open_checkpoint
-from hacan.checkpoints.export import export
-from hacan.checkpoints.onnx_export import export_onnx
+from hacan.checkpoints.checkpoint import atomic_save, describe_model
+from hacan.checkpoints.loading import open_checkpoint
+from hacan.checkpoints.onnx import export_onnx
+from hacan.checkpoints.pretrained import Pretrained, export
 from hacan.errors import UserError
 from hacan.images.preprocessing import preprocess_image
 from hacan.retrieval.provenance import hash_of_tensors
@@ -110,14 +113,16 @@ def test_paths_and_arrays_and_batches_give_the_same(trained, pictures, tmp_path)
 def test_single_items_and_empty_lists_are_refused(trained, pictures):
     loaded = hacan.load_pretrained(trained[1])
     for bad in ("a.jpg", pictures[0], []):
-        with pytest.raises(ValueError, match=r"pictures is (one (str|ndarray)|an empty list), expected a list"):
+        with pytest.raises(
+            ValueError, match=r"(images|captions) is (one (str|ndarray)|an empty list), expected a list"
+        ):
             loaded.encode_images(bad)
     for bad in ("a dog", []):
         with pytest.raises(ValueError, match=r"captions is (one str|an empty list), expected a list"):
             loaded.encode_texts(bad)
     with pytest.raises(ValueError, match=r"captions\[1\] is None of type NoneType, expected str"):
         loaded.encode_texts(["a dog", None])
-    with pytest.raises(ValueError, match=r"pictures\[0\] is 3 of type int, expected str or Path or ndarray"):
+    with pytest.raises(ValueError, match=r"images\[0\] is 3 of type int, expected str or Path or ndarray"):
         loaded.encode_images([3])
 
 
@@ -131,7 +136,7 @@ def test_bad_pictures_and_bombs_are_one_line(trained, tmp_path):
         (bomb, "claims to be 60000 x 50000 pixels.*decompression bomb"),
         (page, "cannot be decoded"),
     ):
-        with pytest.raises(UserError, match=f"picture {path} {words}") as error:
+        with pytest.raises(UserError, match=f"image {path} {words}") as error:
             loaded.encode_images([path])
         assert "\n" not in str(error.value)
 
@@ -194,7 +199,7 @@ def test_nothing_of_the_training_machine_is_exported(trained, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoints"])
-def test_the_card_carries_the_receipt(trained, tmp_path, place):
+def test_the_card_quotes_the_results(trained, tmp_path, place):
     model, path = trained
     (tmp_path / place / "metrics.json").write_text(json.dumps(metrics_of(model)))
     export(path, tmp_path / "out")
@@ -202,20 +207,20 @@ def test_the_card_carries_the_receipt(trained, tmp_path, place):
     assert "f8k test, whole split: 1,000 images, 5,000 texts; shortlist K = 50, coarse score: global." in card
     assert "| coarse | 8.2 | 50.0 | 100.0 | 10.0 | 50.0 | 100.0 | 321.0 |" in card
     assert "| hierarchical | 10.0 | 50.0 | 100.0 | 10.0 | 50.0 | 100.0 | 321.0 |" in card
-    assert "The receipt's hash is that of these weights." in card
+    assert "hash in the provenance record is that of these weights" in card
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics_of(model)
 
 
-def test_a_receipt_of_other_weights_is_not_passed_off_as_theirs(trained, tmp_path):
+def test_the_card_says_if_the_results_are_of_other_weights(trained, tmp_path):
     model, path = trained
     for receipt in ({"members": [{"hash": "0123"}]}, {"ensemble": True}):
         (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics_of(model, **receipt)))
         export(path, tmp_path / "out")
-        assert "receipt names other weights than these" in (tmp_path / "out" / "README.md").read_text()
+        assert "provenance record is of other weights" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"receipt": {}}', '{"receipt": 3, "coarse": 1, "hierarchical": 2}'])
-def test_a_broken_receipt_is_named(trained, tmp_path, content):
+def test_broken_metrics_are_named(trained, tmp_path, content):
     (tmp_path / "run" / "metrics.json").write_text(content)
     with pytest.raises(UserError, match=r"metrics.json"):
         export(trained[1], tmp_path / "out")
@@ -323,9 +328,9 @@ def test_a_full_disk_keeps_the_export_that_was_there(trained, tmp_path, monkeypa
             path.write_bytes(b"half")
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-        monkeypatch.setattr("hacan.checkpoints.export.save_file", save_half)
+        monkeypatch.setattr("hacan.checkpoints.pretrained.save_file", save_half)
     else:
-        monkeypatch.setattr("hacan.checkpoints.export._card", mock.Mock(side_effect=full))
+        monkeypatch.setattr("hacan.checkpoints.pretrained._model_card", mock.Mock(side_effect=full))
     with pytest.raises(UserError, match=r"cannot write to .*out: .*No space left on device.*; what was there is kept"):
         export(trained[1], tmp_path / "out")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
@@ -351,8 +356,78 @@ def test_the_scripts_mistakes_are_one_line(tmp_path, capsys):
 
 def test_what_cannot_be_exported(make_model, tmp_path, trained):
     torch.save(make_model().state_dict(), tmp_path / "plain.pth")
-    with pytest.raises(UserError, match=r"plain.pth holds weights in our names, but not the settings"):
+    with pytest.raises(UserError, match=r"plain.pth holds weights without settings"):
         export(tmp_path / "plain.pth", tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write to .*file"):
         export(trained[1], tmp_path / "file")
+
+
+# --------------------------------------------------------------------------------------------------- the hub's methods
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Replace huggingface_hub's API at its boundary; return the arguments of the calls."""
+    calls = {}
+
+    class Api:
+        def __init__(self, token=None):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            calls["create"] = (repo_id, options)
+            return mock.Mock(repo_id=f"user/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            shutil.copytree(folder_path, calls["hub"] / repo_id)
+            calls["upload"] = (repo_id, options)
+            return mock.Mock(commit_url=f"https://hub/{repo_id}")
+
+    def snapshot_download(repo_id, **options):
+        calls["download"] = (repo_id, options)
+        if not (calls["hub"] / repo_id).is_dir():
+            raise LocalEntryNotFoundError(f"cannot find {repo_id}")
+        return str(calls["hub"] / repo_id)
+
+    monkeypatch.setattr("hacan.checkpoints.pretrained.HfApi", Api)
+    monkeypatch.setattr("hacan.checkpoints.pretrained.snapshot_download", snapshot_download)
+    return calls
+
+
+def test_push_to_hub_and_from_pretrained(trained, pictures, tokenizer, tmp_path, no_network):
+    no_network["hub"] = tmp_path / "hub"
+    model, checkpoint = trained
+    loaded = Pretrained.from_pretrained(checkpoint)
+    assert loaded.push_to_hub("hacan-tiny", token="secret", private=True) == "https://hub/user/hacan-tiny"
+    assert no_network["token"] == "secret" and no_network["create"] == (
+        "hacan-tiny",
+        {"private": True, "exist_ok": True},
+    )
+    again = Pretrained.from_pretrained("user/hacan-tiny", revision="v1", local_files_only=True)
+    assert no_network["download"] == ("user/hacan-tiny", {"revision": "v1", "local_files_only": True})
+    scores = again.score(again.encode_images(pictures), again.encode_texts(CAPTIONS))
+    torch.testing.assert_close(scores, scores_of(model, tokenizer, pictures), atol=1e-5, rtol=1e-5)
+
+
+def test_save_pretrained_writes_what_export_writes(trained, tmp_path):
+    export(trained[1], tmp_path / "exported")
+    written = Pretrained.from_pretrained(trained[1]).save_pretrained(tmp_path / "saved")
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "exported").iterdir()}
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes()
+    again = Pretrained.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    assert {path.name for path in again} == {path.name for path in written}
+
+
+def test_a_name_that_the_hub_does_not_have_is_one_line(tmp_path, no_network):
+    no_network["hub"] = tmp_path
+    with pytest.raises(UserError, match=r"user/nothing is neither a file nor a folder.*scripts/export.py") as error:
+        Pretrained.from_pretrained("user/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_description_is_not_saved(make_model, tokenizer, tmp_path):
+    built = Pretrained(model=make_model(), tokenizer=tokenizer, image_size=64, centre_crop=True, max_text_len=12)
+    with pytest.raises(ValueError, match="no description"):
+        built.save_pretrained(tmp_path / "out")

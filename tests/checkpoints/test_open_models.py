@@ -9,7 +9,7 @@ from tiny_release import DEPTHS, DIMS, WIDTH, Release
 from transformers import BertTokenizerFast
 
 from hacan.checkpoints.checkpoint import atomic_save, describe_model
-from hacan.checkpoints.opening import open_models
+from hacan.checkpoints.loading import open_models
 from hacan.errors import UserError
 
 
