@@ -30,14 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = gather_test_pictures(options.data, home / "pictures")
 
         from hacan.search import Index
-        from hacan.search.results_page import table, write_sheet
+        from hacan.search.results_page import format_table, write_page
 
         with Index.create(home / "index", model=checkpoint) as index:
             index.update(home / "pictures")
             results = index.search(sentence)
-            print(f'\n"{sentence}" among {index.count()} pictures:\n{table(results)}')
+            print(f'\n"{sentence}" among {index.count()} pictures:\n{format_table(results)}')
             sheet = home / "found.html"
-            write_sheet(sheet, results, text=sentence, explain_with=index.pretrained)
+            write_page(sheet, results, text=sentence, explain_with=index.pretrained)
             print(
                 f"\nContact sheet, with what each word matched: {sheet.resolve()}\n"
                 f'Your turn: {sys.executable} scripts/search.py {index.path} "..." or scripts/serve.py {index.path}'

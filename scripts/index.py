@@ -27,11 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     options = parser.parse_args(arguments)
     try:
-        from hacan.search.folder import pictures_below, texts_of_csv
+        from hacan.search.folder import images_below, texts_of_csv
         from hacan.search.index import FILE, Index
 
         texts = texts_of_csv(options.captions) if options.captions else None
-        pictures_below(options.pictures)  # a wrong folder is found before the model is loaded
+        images_below(options.pictures)  # a wrong folder is found before the model is loaded
         if (options.index / FILE).exists():
             index = Index.open(options.index, model=options.model, device=options.device)
             if options.store and options.store != index.about["store"]:

@@ -32,16 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         from hacan.search import Index
-        from hacan.search.results_page import table, write_sheet
+        from hacan.search.results_page import format_table, write_page
 
         sheet = options.html or (Path("search.html") if options.explain else None)
         with Index.open(options.index, model=options.model, device=options.device) as index:
             results = index.search(
                 options.text, image=options.image, find=options.find, top=options.top, shortlist=options.shortlist
             )
-            print(table(results))
+            print(format_table(results))
             if sheet:
-                skipped = write_sheet(
+                skipped = write_page(
                     sheet,
                     results,
                     text=options.text,

@@ -1,4 +1,4 @@
-"""Pictures inside an HTML file: small JPEGs, as bytes or as data URIs."""
+"""Small JPEGs for HTML files, as bytes or as data URIs."""
 
 import base64
 
@@ -8,23 +8,23 @@ import numpy as np
 QUALITY = 78  # of thumbnails
 
 
-def shrunk(picture: np.ndarray, longest: int) -> np.ndarray:
-    """[H, W, 3] uint8 -> the same picture, its long side `longest` pixels at most."""
-    scale = longest / max(picture.shape[:2])
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """Return [H, W, 3] uint8 with a long side of at most `longest` pixels; smaller images are returned as they are."""
+    scale = longest / max(image.shape[:2])
     if scale >= 1:
-        return picture
-    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+        return image
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def jpeg(picture: np.ndarray, *, quality: int = QUALITY) -> bytes:
-    """[H, W, 3] uint8 RGB -> the content of a JPEG file."""
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"picture is {picture.dtype} of shape {picture.shape}, expected uint8 [H, W, 3]")
-    _, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+def jpeg(image: np.ndarray, *, quality: int = QUALITY) -> bytes:
+    """Return [H, W, 3] uint8 RGB as the content of a JPEG file."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} of shape {image.shape}, expected uint8 [H, W, 3]")
+    _, content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     return content.tobytes()
 
 
-def data_uri(picture: np.ndarray, *, quality: int = QUALITY) -> str:
-    """[H, W, 3] uint8 RGB -> data:image/jpeg;base64,..., the source of an img element."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg(picture, quality=quality)).decode()
+def data_uri(image: np.ndarray, *, quality: int = QUALITY) -> str:
+    """Return [H, W, 3] uint8 RGB as data:image/jpeg;base64,..., the source of an img element."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(image, quality=quality)).decode()

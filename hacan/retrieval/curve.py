@@ -1,6 +1,6 @@
-"""The trade-off of the shortlist: recalls, its ceiling, pairs, time and memory over K, up to the full fine ranking.
+"""Metrics, time and memory over the length K of the shortlist, up to the full fine ranking.
 
-Every K follows exactly from one full matrix of coarse and one of fine scores; nothing is ranked anew per K.
+All K are computed exactly from one matrix of coarse scores and one of fine scores.
 """
 
 import csv
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 ENTRIES = 2**22  # scores ranked at a time
 TIMED_PAIRS = 20_000  # per measured K; more pairs are timed on a share of the images and scaled
-MISS = 2**62  # a rank beyond any gallery
-CLOSE = 0.1  # of Rsum: as good as the full fine ranking
+MISS = 2**62  # larger than any rank
+CLOSE = 0.1  # difference in Rsum that counts as equal to the full fine ranking
 COLUMNS = ("ceiling_i2t", "ceiling_t2i", *(f"r{k}_{d}" for d in ("i2t", "t2i") for k in RECALLS), "rsum", "pairs")
 
 
 class Curve(NamedTuple):
-    """Figures over K = 1..gallery (the larger one of images and texts); the last row is the full fine ranking."""
+    """Metrics for K = 1, ..., max(images, texts); the last row is the full fine ranking."""
 
     values: np.ndarray  # [K, len(COLUMNS)]: ceilings, recalls and Rsum in percent, listed pairs (a count)
     seconds: dict[int, float]  # at some K: coarse and fine stage together
@@ -41,24 +41,24 @@ class Curve(NamedTuple):
 
     @property
     def rsum(self) -> np.ndarray:
-        """Rsum by K, [K]."""
+        """Rsum for every K, [K]."""
         return self.values[:, COLUMNS.index("rsum")]
 
     @property
     def suggested_k(self) -> int:
-        """The smallest K whose Rsum is within 0.1 of the full fine ranking's, or above it."""
+        """The smallest K whose Rsum is at least that of the full fine ranking minus 0.1."""
         return int(np.argmax(self.rsum >= self.rsum[-1] - CLOSE)) + 1
 
     def summary(self) -> str:
-        """One line for a terminal."""
+        """Return one line for the terminal."""
         k = self.suggested_k
         return (
-            f"K={k} suffices: Rsum {self.rsum[k - 1]:.1f}, where the full fine ranking of all pairs has "
+            f"K={k} is enough: Rsum {self.rsum[k - 1]:.1f}, the full fine ranking of all pairs has "
             f"{self.rsum[-1]:.1f} and the coarse score alone {self.coarse_rsum:.1f}"
         )
 
     def save(self, folder: Path) -> None:
-        """Write curve.csv, a row per K, and curve.png."""
+        """Write curve.csv, one row per K, and curve.png."""
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "curve.csv", "w", newline="") as file:
             writer = csv.writer(file)
@@ -106,9 +106,9 @@ def trade_off(scores: GalleryScores, *, meter: StageMeter, progress: bool = True
 def recalls_by_k(
     coarse: Tensor, fine: Tensor, image_of_text: Tensor, *, progress: bool = False
 ) -> tuple[np.ndarray, float]:
-    """Figures of COLUMNS for every K = 1..max(N, M), and the Rsum of the coarse scores alone.
+    """Return the values of COLUMNS for every K = 1, ..., max(N, M), and the Rsum of the coarse scores alone.
 
-    coarse, fine [N, M]. Row K - 1 holds what `rank_shortlists` gives with top_k=K, for all K at the cost of one.
+    coarse, fine [N, M]. Row K - 1 equals the metrics of `rank_shortlists` with top_k=K.
     """
     images, texts = coarse.shape
     length = max(images, texts)
@@ -144,9 +144,10 @@ def recalls_by_k(
 
 
 def _ranks_by_k(fine: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    """From fine scores [q, G] in coarse order: place of the first correct item [q], and the rank at every K [q, G].
+    """Return the place of the first correct item [q] and the rank at every K [q, G]; fine [q, G] is in coarse order.
 
-    A rank is the number of wrong items so far that score at least the best correct item so far; MISS: none so far.
+    The rank at K is the number of wrong items among the first K whose fine score is at least that of the best correct
+    one among them; MISS if there is none.
     """
     number = correct.cumsum(1)  # correct items so far
     best = fine.masked_fill(~correct, -torch.inf).cummax(1).values
@@ -161,7 +162,7 @@ def _ranks_by_k(fine: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean over folds; a fold with a smaller gallery keeps its last row. Times and pairs are means too."""
+    """Return the mean over folds, also of times and pairs; a fold with a smaller gallery repeats its last row."""
     length = max(len(curve.values) for curve in curves)
     values = [curve.values[np.minimum(np.arange(length), len(curve.values) - 1)] for curve in curves]
     common = set.intersection(*(set(curve.seconds) for curve in curves))
@@ -174,12 +175,15 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     )
 
 
-def draw_curve(curve: Curve) -> "Figure":
-    """Return a figure of Rsum with the ceilings, seconds, and memory over K."""
-    from matplotlib.figure import Figure  # here, so that evaluating needs no plotting library
+def draw_curve(curve: Curve, *, stacked: bool = False) -> "Figure":
+    """Return a figure of Rsum with the ceilings, seconds, and memory over K; `stacked`: one below the other."""
+    from matplotlib.figure import Figure  # an evaluation without a curve does not need matplotlib
 
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    quality, cost, memory = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    figure = Figure(figsize=(7, 10) if stacked else (15, 4.4), layout="constrained")
+    if stacked:
+        quality, cost, memory = figure.subplots(3, 1, height_ratios=(1.5, 1, 1))
+    else:
+        quality, cost, memory = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     k = np.arange(1, len(curve.values) + 1)
     chosen = curve.suggested_k
     quality.plot(k, curve.rsum, color="#1f5a99", linewidth=2, label="hierarchical")
@@ -198,7 +202,7 @@ def draw_curve(curve: Curve) -> "Figure":
     cost.set(ylabel="seconds, both directions", ylim=(0, 1.15 * max(curve.full_seconds, *curve.seconds.values())))
     memory.plot(list(curve.host_peak_mib), list(curve.host_peak_mib.values()), "o-", color="#1f5a99", label="measured")
     memory.set(ylabel="peak resident memory of the process, MiB", ylim=(0, 1.3 * max(curve.host_peak_mib.values())))
-    ticks = [some for some in _some_lengths(len(k)) if some == len(k) or 1.6 * some < len(k)]  # names need room
+    ticks = [some for some in _some_lengths(len(k)) if some == len(k) or 1.6 * some < len(k)]  # labels must not overlap
     if len(ticks) > 12:
         ticks = [some for some in ticks if str(some)[0] == "1" or some == len(k)]
     for axes in (quality, cost, memory):
@@ -215,13 +219,13 @@ def draw_curve(curve: Curve) -> "Figure":
 
 
 def _some_lengths(longest: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, ... up to the gallery, and the gallery."""
+    """Return 1, 2, 5, 10, 20, 50, ... below `longest`, and `longest`."""
     steps = [digit * 10**power for power in range(len(str(longest))) for digit in (1, 2, 5)]
     return [*(k for k in steps if k < longest), longest]
 
 
 def _timed(retriever: HierarchicalRetriever, images: int) -> float:
-    """Seconds of shortlists, fine scores and ranks; fine scores on a share of the images where they are many."""
+    """Return the seconds of shortlists, fine scores and ranks; many fine scores are timed on a share of the images."""
     start = time.perf_counter()
     lists = retriever.shortlists()
     pairs = listed_pairs(lists)

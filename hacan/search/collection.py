@@ -1,7 +1,7 @@
-"""Items of one kind in an index, pictures or texts: the vector and payload of each in the store, its features beside.
+"""The images or the texts of an index: vectors and payloads in the store, fine features in files.
 
-A row of the feature files and the entry of that number in the store are one item. The entry is written after the
-features, so that what the store lists is complete.
+Row k of the feature files and entry k of the store belong to one item. The entry is written after the features, so
+every listed item is complete.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hacan.search.feature_file import RowFile
+from hacan.search.feature_file import FeatureFile
 from hacan.search.store import Hit, Item, VectorStore
 
 
-class Shelf:
-    """One collection of a store with the float16 files of both fine levels, `high` and `mid`."""
+class Collection:
+    """A collection of the vector store with the float16 files of both feature levels, `high` and `mid`."""
 
-    def __init__(self, store: VectorStore, collection: str, *, high: RowFile, mid: RowFile, width: int) -> None:
+    def __init__(self, store: VectorStore, collection: str, *, high: FeatureFile, mid: FeatureFile, width: int) -> None:
         self._store, self._collection = store, collection
         self.high, self.mid = high, mid
         store.make(collection, width=width)
@@ -26,41 +26,41 @@ class Shelf:
     def put(
         self, rows: Sequence[int], *, high: np.ndarray, mid: np.ndarray, pooled: np.ndarray, payloads: Sequence[dict]
     ) -> None:
-        """Items [n]: features [n, ...] of both levels, global embeddings [n, d] of unit length, payloads."""
+        """Store n items: features [n, ...] of both levels, global embeddings [n, d] of unit length, payloads."""
         self.high.write(rows, high)
         self.mid.write(rows, mid)
         self._store.put(self._collection, rows, pooled, payloads)
 
     def describe(self, row: int, payload: dict) -> None:
-        """Another payload for an item; its vector and features stay."""
+        """Replace the payload of an item."""
         self._store.describe(self._collection, row, payload)
 
     def remove(self, rows: Sequence[int]) -> None:
-        """Take items out; their rows are free."""
+        """Remove items; their rows become free."""
         self._store.remove(self._collection, rows)
 
     def count(self) -> int:
-        """Number of items."""
+        """Return the number of items."""
         return self._store.count(self._collection)
 
     def item(self, row: int) -> Item | None:
-        """One item, or None."""
+        """Return one item, or None."""
         return self._store.item(self._collection, row)
 
     def items(self) -> list[Item]:
-        """All items, by row."""
+        """Return all items, by row."""
         return list(self._store.items(self._collection))
 
     def nearest(self, vector: np.ndarray, k: int) -> list[Hit]:
-        """The k items of the highest cosine with a unit vector [d], best first."""
+        """Return the k items with the highest cosine to a unit vector [d], best first."""
         return self._store.nearest(self._collection, vector, k)
 
     def features(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(high, mid) of these rows, float16 [n, ...]."""
+        """Return (high, mid) of some rows, float16 [n, ...]."""
         high, mid = (torch.from_numpy(file.read(rows)).to(device) for file in (self.high, self.mid))
         return high, mid
 
 
 def free_rows(used: set[int]) -> Iterator[int]:
-    """Rows that no item holds, from 0."""
+    """Yield the free rows, from 0."""
     return (row for row in count() if row not in used)

@@ -1,4 +1,4 @@
-"""Fine features beside the vector store: one float16 file an array, a row an item, read through a memory map."""
+"""Fine features of an index: a file of float16 rows, one per item, read through a memory map."""
 
 import os
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ import numpy as np
 from hacan.errors import UserError
 
 
-class RowFile:
-    """A file of float16 rows of one shape, which grows; a row that was never written reads as zeros.
+class FeatureFile:
+    """A growing file of float16 rows of one shape; rows that were never written read as zeros.
 
-    Rows are written with pwrite, not through the map: a full disk is then an error and not the end of the process.
+    Rows are written with pwrite, not through the map: a full disk is then an error instead of a SIGBUS.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
@@ -23,8 +23,8 @@ class RowFile:
         self._map: np.ndarray | None = None
 
     def write(self, rows: Sequence[int], values: np.ndarray) -> None:
-        """Values [n, ...] at these rows, on the disk when this returns; what float16 cannot hold is refused."""
-        with np.errstate(over="ignore"):  # found below
+        """Write values [n, ...] to some rows and to disk; raise `UserError` if float16 cannot represent them."""
+        with np.errstate(over="ignore"):  # checked below
             half = values.astype(np.float16)
         if not np.isfinite(half).all():
             raise UserError(
@@ -36,22 +36,24 @@ class RowFile:
                 for row, value in zip(rows, half, strict=True):
                     content = memoryview(np.ascontiguousarray(value)).cast("B")
                     at = row * self._row_bytes
-                    while content:  # a write may be cut short, by a full disk for one; the next one then says so
+                    while content:  # a full disk shortens a write; the next one raises
                         written = os.pwrite(file.fileno(), content, at)
                         content, at = content[written:], at + written
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path}: {error.strerror}; make room and run the same command again: it goes on"
+                f"cannot write {self.path}: {error.strerror}; free space and run the same command again; it resumes"
             ) from error
         self._map = None
 
     def read(self, rows: Sequence[int]) -> np.ndarray:
-        """Rows [n, ...], float16."""
+        """Return rows [n, ...], float16."""
         if self._map is None:
             held = os.path.getsize(self.path) // self._row_bytes
             self._map = np.memmap(self.path, np.float16, mode="r", shape=(held, *self.shape)) if held else None
         held = 0 if self._map is None else len(self._map)
         if len(rows) and max(rows) >= held:
-            raise UserError(f"{self.path} ends at row {held}, expected row {max(rows)}: damaged; build the index anew")
+            raise UserError(
+                f"{self.path} ends at row {held}, expected row {max(rows)}: the index is damaged; build it again"
+            )
         return np.stack([self._map[row] for row in rows]) if len(rows) else np.empty((0, *self.shape), np.float16)

@@ -1,4 +1,4 @@
-"""Pictures of a folder, and texts of a CSV file: what an index is built from."""
+"""Sources of an index: the images of a folder, and the texts of a CSV file."""
 
 import csv
 import hashlib
@@ -11,15 +11,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COLUMNS = ("caption", "text")
 
 
-def pictures_below(folder: str | Path) -> list[Path]:
-    """Absolute paths of the pictures at any depth, sorted; no hidden ones, no links to folders."""
+def images_below(folder: str | Path) -> list[Path]:
+    """Return the absolute paths of all images below a folder, sorted; hidden files and links to folders are skipped."""
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give the folder that holds your pictures")
+        raise UserError(f"{folder} is not a folder: give the folder that holds your images")
     found = []
 
     def unreadable(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): let this user read it, or move it away")
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or move it away")
 
     for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -28,18 +28,18 @@ def pictures_below(folder: str | Path) -> list[Path]:
 
 
 def hash_of_file(path: Path) -> str:
-    """BLAKE2b of the content, hex."""
+    """Return the BLAKE2b hash of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
 def hash_of_text(text: str) -> str:
-    """BLAKE2b of the text, hex."""
+    """Return the BLAKE2b hash of a text, in hexadecimal."""
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
 def texts_of_csv(path: str | Path) -> list[str]:
-    """The texts of a CSV file with a column `caption` (or `text`), each once, in the order of the file."""
+    """Return the distinct texts of a CSV file with a column `caption` or `text`, in the order of the file."""
     path = Path(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -53,7 +53,7 @@ def texts_of_csv(path: str | Path) -> list[str]:
                 )
             texts = [(row[column] or "").strip() for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}; save it again in that form") from error
+        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}; save it as CSV in UTF-8") from error
     texts = list(dict.fromkeys(text for text in texts if text))
     if not texts:
         raise UserError(f"{path} holds no text in its column {column!r}")

@@ -1,7 +1,7 @@
-"""The index: pictures encoded once, found by sentences or by pictures, coarse to fine as in the evaluator.
+"""The search index: images are encoded once and found by sentences or images, coarse to fine as in the evaluation.
 
-A folder holds index.json (the model, the shapes, where the vectors are), the float16 files of the fine features, and,
-unless a server keeps them, the vectors.
+Its folder holds index.json (model, shapes, address of the vectors), the float16 files of the fine features and,
+unless a server has them, the vectors.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.lock import FolderLock
 from hacan.retrieval.provenance import hash_of_tensors, write_atomically
-from hacan.search.collection import Shelf
-from hacan.search.feature_file import RowFile
+from hacan.search.collection import Collection
+from hacan.search.feature_file import FeatureFile
 from hacan.search.store import Hit, Item, VectorStore
-from hacan.search.sync import Update, follow_folder, follow_texts
+from hacan.search.sync import Update, sync_folder, sync_texts
 from hacan.types import EncodedImages, EncodedTexts
 
 FORMAT = 1
@@ -33,29 +33,29 @@ SHORTLIST = 50  # K of METHOD section 6
 
 
 class Result(NamedTuple):
-    """One answer."""
+    """One search result."""
 
     rank: int  # from 1
-    row: int  # its number in the index, which a later update may give to another item once this one has left
-    name: str  # the path of a picture, or a text
+    row: int  # in the index; a later update can reuse the row of a removed item
+    name: str  # path of an image, or a text
     coarse: float  # cosine of the global embeddings
-    fine: float | None  # fine similarity, which orders; None between two pictures, for which the method has none
+    fine: float | None  # fine similarity, by which results are ordered; None between two images
 
 
 class Index:
-    """Pictures (and texts) of a user, searchable with one model. `create` or `open` one; use it in a `with`."""
+    """Images and texts, searchable with one model. Use `create` or `open` in a `with` statement."""
 
     def __init__(self, path: Path, about: dict[str, Any], pretrained: Pretrained) -> None:
         self.path, self.about, self.pretrained = path, about, pretrained
         high, mid, width = about["shapes"]["high"], about["shapes"]["mid"], about["shapes"]["width"]
         words = about["max_text_len"]
         self._store = VectorStore(about["store"] or path / "vectors")
-        self.shelves = {
-            kind: Shelf(
+        self.collections = {
+            kind: Collection(
                 self._store,
                 f"hacan_{about['name']}_{kind}",
-                high=RowFile(path / f"{prefix}high.f16", (of_high, width)),
-                mid=RowFile(path / f"{prefix}mid.f16", (of_mid, width)),
+                high=FeatureFile(path / f"{prefix}high.f16", (of_high, width)),
+                mid=FeatureFile(path / f"{prefix}mid.f16", (of_mid, width)),
                 width=width,
             )
             for kind, prefix, of_high, of_mid in ((PICTURES, "", high, mid), (TEXTS, "text_", words, words))
@@ -65,17 +65,17 @@ class Index:
     def create(
         cls, path: str | Path, *, model: str | Path | Pretrained, store: str = "", device: torch.device | str = "cpu"
     ) -> Self:
-        """A new, empty index in a folder. store: the URL of a Qdrant server or cluster; empty: inside the folder."""
+        """Return a new, empty index in a folder. store: URL of a Qdrant server or cluster; empty: inside the folder."""
         path = Path(path)
         if (path / FILE).exists():
             raise UserError(f"{path} holds an index already: open it, or give another folder")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is there and is no index: give a new or an empty folder")
+            raise UserError(f"{path} exists and is not an index: give a new or an empty folder")
         pretrained = _loaded(model, device)
         mid, high = pretrained.model.region_grids(height=pretrained.image_size, width=pretrained.image_size)
         about = {
             "format": FORMAT,
-            "name": uuid.uuid4().hex[:12],  # of the collections: one server may hold several indexes
+            "name": uuid.uuid4().hex[:12],  # of the collections; one server can hold several indexes
             "model": "" if isinstance(model, Pretrained) else str(Path(model).resolve()),
             **_identity(pretrained),
             "shapes": {
@@ -93,16 +93,17 @@ class Index:
     def open(
         cls, path: str | Path, *, model: str | Path | Pretrained | None = None, device: torch.device | str = "cpu"
     ) -> Self:
-        """An index that is there, with its own model, or with `model` where that has moved; another one is refused."""
+        """Return an existing index with its model; give `model` if that has moved. Another model is a `UserError`."""
         path = Path(path)
         try:
             about = json.loads((path / FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path} is no index ({FILE}: {getattr(error, 'strerror', None) or error}): scripts/index.py makes one"
+                f"{path} is not an index ({FILE}: {getattr(error, 'strerror', None) or error}); create one with "
+                "scripts/index.py"
             ) from error
         if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise UserError(f"{path / FILE} is not of format {FORMAT}: index the pictures again into a new folder")
+            raise UserError(f"{path / FILE} is not of format {FORMAT}: index the images again into a new folder")
         source = model if model is not None else about["model"]
         if source == "":
             raise UserError(f"{path} does not know where its model is: give it, --model OUT_DIR_OR_CKPT")
@@ -110,8 +111,8 @@ class Index:
         given = _identity(pretrained)
         if any(about[key] != value for key, value in given.items()):
             raise UserError(
-                f"{path} was made with the model {about['model_hash'][:12]}, but {_name(source)} is "
-                f"{given['model_hash'][:12]}: give the model of then with --model, or index into a new folder"
+                f"{path} was created with the model {about['model_hash'][:12]}, but {_name(source)} is "
+                f"{given['model_hash'][:12]}: give the original model with --model, or index into a new folder"
             )
         return cls(path, about, pretrained)
 
@@ -122,42 +123,42 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        """Let another process have the index."""
+        """Close the index, so that another process can open it."""
         self._store.close()
 
     def count(self, kind: str = PICTURES) -> int:
-        """How many pictures, or `texts`, it holds."""
-        return self.shelves[kind].count()
+        """Return the number of images, or of `texts`."""
+        return self.collections[kind].count()
 
     def item(self, row: int, kind: str = PICTURES) -> Item | None:
-        """What is at a row: payload `paths` of a picture, `text` of a text; None where nothing is."""
-        return self.shelves[kind].item(row)
+        """Return the item at a row (payload `paths` of an image, `text` of a text), or None."""
+        return self.collections[kind].item(row)
 
     def rows(self, kind: str = PICTURES) -> list[Item]:
-        """Every item of a kind."""
-        return self.shelves[kind].items()
+        """Return all items of a kind."""
+        return self.collections[kind].items()
 
     # ----------------------------------------------------------------------------------------------------- building
 
     def update(self, folder: str | Path, *, batch_size: int = 16, progress: bool = True) -> Update:
-        """Make the index hold exactly the pictures below `folder`, beside those of other folders.
+        """Make the index hold exactly the images below `folder`, and those of other folders.
 
-        Known contents are not encoded again, wherever their file is now; files that cannot be read are listed.
-        Interrupted, it goes on from the last batch when it is called again.
+        Known contents are not encoded again, also if the file was moved; unreadable files are listed. An interrupted
+        update resumes after its last batch when it is called again.
         """
         with self._writing():
-            return follow_folder(
-                self.shelves[PICTURES], self.pretrained, folder, batch_size=batch_size, progress=progress
+            return sync_folder(
+                self.collections[PICTURES], self.pretrained, folder, batch_size=batch_size, progress=progress
             )
 
     def set_texts(self, texts: Sequence[str], *, batch_size: int = 64, progress: bool = True) -> Update:
-        """Make the index hold exactly these texts, for pictures to find; known ones are not encoded again."""
+        """Make the index hold exactly these texts; known ones are not encoded again."""
         with self._writing():
-            return follow_texts(self.shelves[TEXTS], self.pretrained, texts, batch_size=batch_size, progress=progress)
+            return sync_texts(self.collections[TEXTS], self.pretrained, texts, batch_size=batch_size, progress=progress)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """One process changes an index at a time, also where a server keeps the vectors."""
+        """Lock the index: one process changes it at a time, also if a server has the vectors."""
         with FolderLock(self.path, remedy="wait until it has ended", wait=0):
             yield
 
@@ -173,19 +174,19 @@ class Index:
         top: int = 10,
         shortlist: int = SHORTLIST,
     ) -> list[Result]:
-        """Pictures for a sentence; for a picture (a file, or uint8 [H, W, 3] RGB) texts, or similar `pictures`.
+        """Search by a sentence or by an image (a file, or uint8 [H, W, 3] RGB).
 
-        Coarse cosine over everything, the best `shortlist`, those re-ranked by the fine similarity (METHOD section 6).
-        find: `texts` or `pictures`; empty: pictures for a sentence, texts for a picture where there are any.
+        Rank all items by the coarse cosine, re-rank the best `shortlist` by the fine similarity (METHOD section 6).
+        find: `texts` or `pictures`; by default images for a sentence, and for an image texts if there are any.
         """
         if bool(text.strip()) == (image is not None):
-            raise UserError("give a sentence or a picture to search by, one of the two")
+            raise UserError("give either a sentence or an image")
         if top < 1 or shortlist < 1:
             raise UserError(f"top={top}, shortlist={shortlist}: expected numbers from 1")
         find = find or (TEXTS if image is not None and self.count(TEXTS) else PICTURES)
         if find not in (PICTURES, TEXTS) or (find == TEXTS and image is None):
-            raise UserError(f"find={find!r} with a {'picture' if image is not None else 'sentence'}: a sentence finds "
-                            "pictures; a picture finds texts or pictures")  # fmt: skip
+            raise UserError(f"find={find!r} with {'an image' if image is not None else 'a sentence'}: a sentence finds "
+                            "pictures; an image finds texts or pictures")  # fmt: skip
         if find == TEXTS and not self.count(TEXTS):
             raise UserError(f"{self.path} holds no texts: add some with scripts/index.py --captions FILE.csv")
         query = self.pretrained.encode_texts([text]) if image is None else self.pretrained.encode_images([image])
@@ -193,27 +194,27 @@ class Index:
         if image is not None and find == PICTURES:
             return _results(hits, [None] * len(hits))[:top]
         fine = self.fine(query, hits).tolist()
-        order = sorted(range(len(hits)), key=lambda place: -fine[place])  # stable: equals stay in the coarse order
+        order = sorted(range(len(hits)), key=lambda place: -fine[place])  # stable: ties keep the coarse order
         return _results([hits[place] for place in order], [fine[place] for place in order])[:top]
 
     def shortlist(self, pooled: Tensor, find: str, k: int) -> list[Hit]:
-        """The coarse stage: the k items of the highest cosine with a global embedding [d]."""
-        return self.shelves[find].nearest(pooled.float().cpu().numpy(), k)
+        """Return the k items with the highest cosine to a global embedding [d]: the coarse stage."""
+        return self.collections[find].nearest(pooled.float().cpu().numpy(), k)
 
     def features(self, row: int) -> EncodedImages:
-        """The fine features of one picture, as stored; its global embedding stays in the store and is zeros here."""
-        high, mid = self.shelves[PICTURES].features([row], self.pretrained.device)
+        """Return the stored fine features of one image; the global embedding is zeros."""
+        high, mid = self.collections[PICTURES].features([row], self.pretrained.device)
         return EncodedImages(high, mid, high.new_zeros(1, high.shape[-1]))
 
     @torch.inference_mode()
     def fine(self, query: EncodedImages | EncodedTexts, hits: Sequence[Hit]) -> Tensor:
-        """The fine stage: similarity [n] of one query with the pictures, or the texts, of a shortlist."""
+        """Return the fine similarity [n] of one query and the items of a shortlist: the fine stage."""
         if not hits:
             return torch.empty(0)
         rows, device = [hit.row for hit in hits], self.pretrained.device
         of_texts = isinstance(query, EncodedImages)
-        high, mid = self.shelves[TEXTS if of_texts else PICTURES].features(rows, device)
-        pooled = query.pooled.expand(len(rows), -1)  # the fine stage reads none of its side; the container asks for it
+        high, mid = self.collections[TEXTS if of_texts else PICTURES].features(rows, device)
+        pooled = query.pooled.expand(len(rows), -1)  # not read by the fine stage
         each, one = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64)
         if of_texts:
             lengths = torch.tensor([hit.payload["tokens"] for hit in hits], device=device)
@@ -242,7 +243,7 @@ def _name(model: str | Path | Pretrained) -> str:
 
 
 def _identity(pretrained: Pretrained) -> dict[str, Any]:
-    """What features depend on: the weights, and how pictures and texts are cut."""
+    """Return what features depend on: the weights, and the preprocessing of images and texts."""
     return {
         "model_hash": hash_of_tensors(pretrained.model.state_dict()),
         "image_size": pretrained.image_size,

@@ -1,38 +1,48 @@
-"""What a search found, for a person: a table of lines, and a contact sheet in one HTML file."""
+"""Search results for people: a table for the terminal, and one self-contained HTML file with thumbnails."""
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+import jinja2
 
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.images.io import read_image
 from hacan.report.heatmaps import STREAM_NAMES, explain, overlay
-from hacan.report.thumbnails import data_uri, shrunk
+from hacan.report.thumbnails import data_uri, shrink
 from hacan.retrieval.provenance import write_atomically
 from hacan.search.index import Result
 
-THUMBNAIL, MAP = 360, 128  # pixels, long side
-EXPLAINED = 5  # results with heatmaps: each is encoded once more
-STYLE = """
-body { font: 16px/1.4 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80rem; padding: 0 1rem; color: #1b1b1f;
-  background: #fff }
-h1 { font-size: 1.4rem } .query { max-height: 14rem; max-width: 100% }
-ol { list-style: none; padding: 0; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
-li.wide { grid-column: 1 / -1; display: grid; gap: 0 1.5rem; grid-template-columns: minmax(0, 1fr) }
-@media (min-width: 50rem) { li.wide:has(> figure > img) { grid-template-columns: 15rem minmax(0, 1fr) } }
-figure { margin: 0 } figure > img { width: 100%; height: 13rem; object-fit: contain;
-  background: #eee } figcaption { overflow-wrap: anywhere; font-size: .85rem } .words { display: flex; flex-wrap: wrap;
-  gap: .5rem; margin: .5rem 0 } .words figure { width: min(8rem, calc((100% - 1rem) / 3)); text-align: center }
-.words img { height: auto; aspect-ratio: 1 } p { margin: .3rem 0 }
-"""
+THUMBNAIL, HEATMAP = 360, 128  # pixels of the long side
+EXPLAINED = 5  # results with heatmaps; each image is encoded once more
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("hacan.search"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def table(results: Sequence[Result]) -> str:
-    """Rank, both scores and the name, a line a result."""
+class StreamHeatmaps(NamedTuple):
+    """Heatmaps of one stream for the page."""
+
+    title: str
+    words: list[tuple[str, str]]  # word, data URI of its heatmap
+
+
+class Card(NamedTuple):
+    """One result for the page."""
+
+    result: Result
+    name: str
+    thumbnail: str  # data URI; empty for a text
+    heatmaps: list[StreamHeatmaps]
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Return one line per result: rank, both scores and the name."""
     lines = [f"{'rank':>4}  {'coarse':>7}  {'fine':>7}  found"]
     for result in results:
         fine = f"{'-':>7}" if result.fine is None else f"{result.fine:7.4f}"
@@ -40,7 +50,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_sheet(
+def write_page(
     path: Path,
     results: Sequence[Result],
     *,
@@ -48,36 +58,32 @@ def write_sheet(
     image: Path | None = None,
     explain_with: Pretrained | None = None,
 ) -> list[str]:
-    """Write the contact sheet; the pictures that could not be read are returned, a line each.
+    """Write the results of a query, a `text` or an `image`; return one line per image that could not be read.
 
-    explain_with: a model, for heatmaps of the words of the first EXPLAINED pairs of a picture and a text.
+    explain_with: a model, for heatmaps of the words of the first `EXPLAINED` pairs of an image and a text.
     """
-    skipped, cards = [], []
+    skipped: list[str] = []
     if explain_with is not None and not explain_with.model.alignment.has_attention:
         skipped.append(f"heatmaps: alignment={explain_with.model.alignment.name} defines no attention()")
         explain_with = None
-    query = "" if image is None else f'<img class="query" src="{_thumbnail(image)}" alt="query">'
+    cards = []
     for result in results:
-        of_texts = image is not None and result.fine is not None
-        maps = ""
+        finds_texts = image is not None and result.fine is not None
+        heatmaps: list[StreamHeatmaps] = []
         try:
             if explain_with is not None and result.fine is not None and result.rank <= EXPLAINED:
-                pair = (image, result.name) if of_texts else (result.name, text)
-                maps = _maps(explain_with, *pair)
-            shown = "" if of_texts else f'<img src="{_thumbnail(result.name)}" alt="">'
+                pair = (image, result.name) if finds_texts else (result.name, text)
+                heatmaps = _heatmaps(explain_with, *pair)
+            thumbnail = "" if finds_texts else _thumbnail(result.name)
         except UserError as error:
             skipped.append(str(error))
             continue
-        fine = "" if result.fine is None else f" · fine {result.fine:.4f}"
-        name = result.name if of_texts else Path(result.name).name
-        cards.append(
-            f"<li{' class=wide' if maps else ''}><figure>{shown}<figcaption><b>{result.rank}.</b> {html.escape(name)}"
-            f"<p>coarse {result.coarse:.4f}{fine}</p></figcaption></figure>{maps and f'<div>{maps}</div>'}</li>"
-        )
-    title = html.escape(text or f"what {Path(image).name} finds")
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{query}<ol>{''.join(cards)}</ol></html>\n"
+        name = result.name if finds_texts else Path(result.name).name
+        cards.append(Card(result, name, thumbnail, heatmaps))
+    page = TEMPLATES.get_template("results.html.jinja").render(
+        title=text or f"Results for {Path(image or '').name}",
+        query="" if image is None else _thumbnail(image),
+        cards=cards,
     )
     try:
         write_atomically(path, page)
@@ -87,22 +93,19 @@ def write_sheet(
 
 
 def _thumbnail(path: str | Path) -> str:
-    return data_uri(shrunk(read_image(path), THUMBNAIL))
+    return data_uri(shrink(read_image(path), THUMBNAIL))
 
 
-def _maps(pretrained: Pretrained, picture: str | Path | np.ndarray, text: str) -> str:
-    """A line of small heatmaps, a word each, for every stream."""
-    found = explain(pretrained, picture, text)
-    lines = []
-    for stream in found.streams:
-        shown = [
-            f'<figure><img src="{data_uri(shrunk(overlay(found.picture, grid, *stream.range), MAP))}" alt="">'
-            f"<figcaption>{html.escape(word.text)}</figcaption></figure>"
-            for word, grid in zip(found.words, stream.grids, strict=True)
-            if not word.special
-        ]
-        lines.append(
-            f"<p>{STREAM_NAMES[stream.stream]} adds {stream.score:+.4f}; colours: {html.escape(stream.unit)}</p>"
-            f'<div class="words">{"".join(shown)}</div>'
+def _heatmaps(pretrained: Pretrained, image: str | Path, text: str) -> list[StreamHeatmaps]:
+    found = explain(pretrained, image, text)
+    return [
+        StreamHeatmaps(
+            f"{STREAM_NAMES[stream.stream]} adds {stream.score:+.4f}; colours: {stream.unit}",
+            [
+                (word.text, data_uri(shrink(overlay(found.picture, grid, *stream.range), HEATMAP)))
+                for word, grid in zip(found.words, stream.grids, strict=True)
+                if not word.special
+            ],
         )
-    return "".join(lines)
+        for stream in found.streams
+    ]

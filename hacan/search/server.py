@@ -1,7 +1,7 @@
-"""The web page over an index: sentences and pictures in, ranked pictures and texts out.
+"""Web page over an index: search by a sentence or an image.
 
-Pictures go by their number in the index, never by a path, and always as a JPEG made anew. One thread does all the
-work, so that questions that come together wait for each other and none is lost. Nothing is loaded from the network.
+Images are addressed by their number in the index, never by a path, and are sent as newly encoded JPEGs. One thread does
+all the work, so concurrent requests wait for each other. The page loads nothing from other hosts.
 """
 
 import asyncio
@@ -11,23 +11,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hacan.errors import UserError
-from hacan.images.io import read_image
+from hacan.images.io import decode_image, read_image
 from hacan.report.heatmaps import STREAM_NAMES, overlay
-from hacan.report.thumbnails import data_uri, jpeg, shrunk
+from hacan.report.thumbnails import data_uri, jpeg, shrink
 from hacan.search.index import PICTURES, TEXTS, Index, Result
-from hacan.search.upload import picture_of_upload
 from hacan.search.word_heatmaps import explain_features
 
-MOST_BYTES = 20 * 2**20  # of an upload
-MOST_PIXELS = 50_000_000
-MOST_RESULTS, LONGEST_TEXT = 100, 1000
+MAX_BYTES = 20 * 2**20  # of an upload
+MAX_PIXELS = 50_000_000
+MAX_RESULTS, MAX_TEXT_LENGTH = 100, 1000
 SIZES = {"small": 480, "large": 1600}  # pixels, long side
-KEPT_MAPS = 128  # explanations kept, each some hundred KiB
+CACHED_HEATMAPS = 128  # explanations kept, each some hundred KiB
 MAP = 384
 PAGE = {
     "/": ("page.html", "text/html"),
@@ -44,14 +44,14 @@ HEADERS = {
 
 
 def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")) -> FastAPI:
-    """The application. hosts: names that it answers to, so that no web site asks it through a name of its own."""
+    """Return the application. hosts: accepted host names, which prevents DNS rebinding by other web sites."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
-    find_maps = lru_cache(KEPT_MAPS)(lambda row, content, text, stream: _maps(index, row, text, stream))
+    find_maps = lru_cache(CACHED_HEATMAPS)(lambda row, content, text, stream: _maps(index, row, text, stream))
 
     async def work(function: Callable, *arguments: Any) -> Any:
-        """In the one thread that works, after those that came before."""
+        """Run a function in the worker thread, after earlier requests."""
         return await asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
 
     @app.middleware("http")
@@ -65,7 +65,7 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
         return JSONResponse({"detail": str(error)}, status_code=400)
 
     for route, (name, kind) in PAGE.items():
-        _serve_file(app, route, (Path(__file__).parent / name).read_bytes(), f"{kind}; charset=utf-8")
+        _serve_file(app, route, (Path(__file__).parent / "templates" / name).read_bytes(), f"{kind}; charset=utf-8")
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
@@ -73,8 +73,8 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
 
     @app.get("/api/search")
     async def search(text: str, top: int = 24) -> dict[str, Any]:
-        if len(text) > LONGEST_TEXT:
-            raise UserError(f"the sentence has {len(text)} characters, expected {LONGEST_TEXT} at most")
+        if len(text) > MAX_TEXT_LENGTH:
+            raise UserError(f"the sentence has {len(text)} characters, expected {MAX_TEXT_LENGTH} at most")
         results = await work(lambda: index.search(text, top=_within(top)))
         return {"find": PICTURES, "text": text, "results": [_plain(result, PICTURES) for result in results]}
 
@@ -83,7 +83,7 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
         content = await _body(request)
 
         def answer() -> dict[str, Any]:
-            picture = picture_of_upload(content, most_pixels=MOST_PIXELS)
+            picture = decode_upload(content, max_pixels=MAX_PIXELS)
             kind = find or (TEXTS if index.count(TEXTS) else PICTURES)
             results = index.search(image=picture, find=kind, top=_within(top))
             return {"find": kind, "text": "", "results": [_plain(result, kind) for result in results]}
@@ -94,12 +94,12 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
     async def picture(row: int, size: str = "small") -> Response:
         if size not in SIZES:
             raise UserError(f"size={size!r}: expected {' or '.join(SIZES)}")
-        content = await work(lambda: jpeg(shrunk(_read(index, row), SIZES[size])))
+        content = await work(lambda: jpeg(shrink(_read(index, row), SIZES[size])))
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
 
     @app.get("/api/explain")
     async def explain(row: int, text: str, stream: str = "lrg_mid") -> dict[str, Any]:
-        if stream not in STREAM_NAMES or not text.strip() or len(text) > LONGEST_TEXT:
+        if stream not in STREAM_NAMES or not text.strip() or len(text) > MAX_TEXT_LENGTH:
             raise UserError(f"give a sentence, and as stream one of {', '.join(STREAM_NAMES)}")
 
         def answer() -> dict[str, Any]:
@@ -116,20 +116,28 @@ def _serve_file(app: FastAPI, route: str, content: bytes, kind: str) -> None:
         return Response(content, media_type=kind)
 
 
+def decode_upload(content: bytes, *, max_pixels: int) -> np.ndarray:
+    """Return the [H, W, 3] uint8 RGB image of an uploaded JPEG, PNG or WebP file; its content decides, not its name."""
+    webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+    if not webp and not content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+        raise UserError("the file is not a JPEG, PNG or WebP image: choose another one")
+    return decode_image(content, name="the image", max_pixels=max_pixels)
+
+
 async def _body(request: Request) -> bytes:
-    """What was sent, as long as it is no larger than allowed: the rest is not even read."""
+    """Return the body of a request; stop reading when it exceeds `MAX_BYTES`."""
     content = bytearray()
     async for part in request.stream():
         content += part
-        if len(content) > MOST_BYTES:
-            raise HTTPException(413, f"the file is larger than {MOST_BYTES // 2**20} MiB: make it smaller")
+        if len(content) > MAX_BYTES:
+            raise HTTPException(413, f"the file is larger than {MAX_BYTES // 2**20} MiB: make it smaller")
     return bytes(content)
 
 
 def _item(index: Index, row: int) -> dict[str, Any]:
     item = index.item(row) if 0 <= row < 2**63 else None
     if item is None:
-        raise HTTPException(404, "no such picture in the index")
+        raise HTTPException(404, "no such image in the index")
     return item.payload
 
 
@@ -137,15 +145,15 @@ def _read(index: Index, row: int) -> Any:
     for path in _item(index, row)["paths"]:
         if Path(path).is_file():
             return read_image(path)
-    raise HTTPException(410, "the picture's file has gone; index the folder again")
+    raise HTTPException(410, "the image file no longer exists; index the folder again")
 
 
 def _maps(index: Index, row: int, text: str, stream: str) -> dict[str, Any]:
-    """A picture with the map of each word laid over it, as data URIs."""
+    """Return an image with the heatmap of each word as data URIs."""
     found = explain_features(index.pretrained, index.features(row), _read(index, row), text)
     maps = next(maps for maps in found.streams if maps.stream == stream)
     words = [
-        {"word": word.text, "map": data_uri(shrunk(shown, MAP))}
+        {"word": word.text, "map": data_uri(shrink(shown, MAP))}
         for word, grid in zip(found.words, maps.grids, strict=True)
         for shown in [overlay(found.picture, grid, *maps.range)]
     ]
@@ -153,12 +161,12 @@ def _maps(index: Index, row: int, text: str, stream: str) -> dict[str, Any]:
 
 
 def _plain(result: Result, kind: str) -> dict[str, Any]:
-    """A result without its path: of a picture only the file's name is told."""
+    """Return a result without the path of an image, only its file name."""
     name = Path(result.name).name if kind == PICTURES else result.name
     return {"rank": result.rank, "row": result.row, "name": name, "coarse": result.coarse, "fine": result.fine}
 
 
 def _within(top: int) -> int:
-    if not 1 <= top <= MOST_RESULTS:
-        raise UserError(f"top={top}: expected 1 to {MOST_RESULTS}")
+    if not 1 <= top <= MAX_RESULTS:
+        raise UserError(f"top={top}: expected 1 to {MAX_RESULTS}")
     return top

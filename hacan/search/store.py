@@ -1,6 +1,6 @@
-"""Global embeddings with path and hash in Qdrant: inside this process, or a cluster by another address.
+"""Global embeddings with payloads in Qdrant, embedded in this process or on a server.
 
-docs/decisions/vector-store.md says why Qdrant, and what was seen of it.
+docs/decisions/vector-store.md explains the choice.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ from qdrant_client import QdrantClient, models
 
 from hacan.errors import UserError
 
-LISTED = 1000  # items that travel at a time when all are listed
-SLACK = 32  # items fetched beyond the asked ones, so that ties at the border fall by one rule: the earlier row first
-KEY = "QDRANT_API_KEY"  # environment variable of a cluster's key; it is written nowhere
-# Said at 20,000 points, in the middle of the progress bar; docs/search.md says from where on to think of a server.
+LISTED = 1000  # items per request when all are listed
+SLACK = 32  # additional items per query, so that ties are broken by row
+KEY = "QDRANT_API_KEY"  # environment variable with the key of a server; never stored
+# Printed at 20,000 points, in the progress bar; docs/search.md says when to use a server.
 warnings.filterwarnings("ignore", message="Local mode is not recommended for collections")
 
 
 class Item(NamedTuple):
-    """What the store knows of one picture or text."""
+    """An image or a text in the store."""
 
     row: int  # its id, and its row in the feature files
     payload: dict[str, Any]
 
 
 class Hit(NamedTuple):
-    """An item that a coarse search found."""
+    """An item found by the coarse search."""
 
     row: int
     coarse: float  # cosine of the global embeddings
@@ -39,9 +39,9 @@ class Hit(NamedTuple):
 
 
 class VectorStore:
-    """Collections of unit vectors [d] with a payload, numbered by rows.
+    """Collections of unit vectors [d] with payloads, numbered by rows.
 
-    address: a folder, or the URL of a Qdrant server or cluster. A folder belongs to one process at a time.
+    address: a folder, which one process can open at a time, or the URL of a Qdrant server or cluster.
     """
 
     def __init__(self, address: str | Path) -> None:
@@ -68,9 +68,9 @@ class VectorStore:
             raise
 
     def make(self, collection: str, *, width: int) -> None:
-        """The collection, made where there is none."""
+        """Create the collection if it does not exist."""
         if not self._client.collection_exists(collection):
-            # Vectors are unit length already: the dot product is the cosine, and stays what the model gave.
+            # Vectors have unit length, so the dot product is the cosine.
             self._client.create_collection(
                 collection, vectors_config=models.VectorParams(size=width, distance=models.Distance.DOT)
             )
@@ -78,7 +78,7 @@ class VectorStore:
             _keep_a_write_ahead_log(Path(self.address, "collection", collection, "storage.sqlite"))
 
     def put(self, collection: str, rows: Sequence[int], vectors: np.ndarray, payloads: Sequence[dict]) -> None:
-        """Items [n] at these rows, with vectors [n, d]; those that were there are replaced."""
+        """Store n items with vectors [n, d]; existing rows are replaced."""
         self._client.upsert(
             collection,
             models.Batch(ids=list(rows), vectors=vectors.astype(np.float32).tolist(), payloads=list(payloads)),
@@ -86,16 +86,16 @@ class VectorStore:
         )
 
     def describe(self, collection: str, row: int, payload: dict) -> None:
-        """Another payload for an item; its vector stays."""
+        """Replace the payload of an item."""
         self._client.overwrite_payload(collection, payload=payload, points=[row], wait=True)
 
     def remove(self, collection: str, rows: Sequence[int]) -> None:
-        """Take items out."""
+        """Remove items."""
         if rows:
             self._client.delete(collection, points_selector=models.PointIdsList(points=list(rows)), wait=True)
 
     def items(self, collection: str) -> Iterator[Item]:
-        """All items, by row."""
+        """Yield all items, by row."""
         offset = None
         while True:
             points, offset = self._client.scroll(collection, limit=LISTED, offset=offset, with_payload=True)
@@ -105,16 +105,16 @@ class VectorStore:
                 return
 
     def item(self, collection: str, row: int) -> Item | None:
-        """One item, or None."""
+        """Return one item, or None."""
         points = self._client.retrieve(collection, [row], with_payload=True)
         return Item(int(points[0].id), points[0].payload or {}) if points else None
 
     def count(self, collection: str) -> int:
-        """Number of items."""
+        """Return the number of items."""
         return self._client.count(collection, exact=True).count
 
     def nearest(self, collection: str, query: np.ndarray, k: int) -> list[Hit]:
-        """The k items of the highest cosine with the unit vector [d], best first; of equals the earlier row first."""
+        """Return the k items with the highest cosine to the unit vector [d], best first; ties by row."""
         points = self._client.query_points(
             collection, query=query.astype(np.float32).tolist(), limit=k + SLACK, with_payload=True
         ).points
@@ -122,15 +122,15 @@ class VectorStore:
         return sorted(hits, key=lambda hit: (-hit.coarse, hit.row))[:k]
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Close the store, so that another process can open the folder."""
         self._client.close()
 
 
 def _keep_a_write_ahead_log(database: Path) -> None:
-    """Have SQLite append each commit to a log, once and for all: as safe as its usual journal, with fewer waits.
+    """Switch SQLite to a write-ahead log, which is as safe as its journal and faster.
 
-    qdrant-client commits every point by itself and offers no other way; docs/decisions/vector-store.md has the times.
-    Where the file system cannot do it SQLite keeps its journal, which is slower and works as well.
+    qdrant-client commits every point separately; docs/decisions/vector-store.md has the times. On a file system without
+    support SQLite keeps its journal.
     """
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")

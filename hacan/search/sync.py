@@ -1,6 +1,6 @@
-"""An index follows a folder of pictures, or a list of texts: what is new is encoded, what has left goes.
+"""Synchronise an index with a folder of images or a list of texts: encode new items, remove deleted ones.
 
-An item is a content: a file that moves keeps its features, a copy is a second path of one item.
+Items are identified by content: a moved file keeps its features, and a copy is a second path of the same item.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ from tqdm import tqdm
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.images.io import read_image
-from hacan.search.collection import Shelf, free_rows
-from hacan.search.folder import hash_of_file, hash_of_text, pictures_below
+from hacan.search.collection import Collection, free_rows
+from hacan.search.folder import hash_of_file, hash_of_text, images_below
 from hacan.search.store import Item
 
 
 class Update(NamedTuple):
-    """What an update did, in items."""
+    """Numbers of items that an update added, kept, moved and removed."""
 
     added: int
     kept: int
@@ -29,75 +29,75 @@ class Update(NamedTuple):
     bad: list[tuple[str, str]]  # path, reason
 
 
-def follow_folder(
-    shelf: Shelf, pretrained: Pretrained, folder: str | Path, *, batch_size: int, progress: bool
+def sync_folder(
+    collection: Collection, pretrained: Pretrained, folder: str | Path, *, batch_size: int, progress: bool
 ) -> Update:
-    """Make the shelf hold exactly the pictures below `folder`, beside those of other folders."""
+    """Make the collection hold exactly the images below `folder`, and those of other folders."""
     folder = Path(folder).resolve()
     bad: list[tuple[str, str]] = []
     present: dict[str, list[str]] = {}
-    for path in tqdm(pictures_below(folder), desc="reading", unit="file", delay=1, disable=not progress):
+    for path in tqdm(images_below(folder), desc="reading", unit="file", delay=1, disable=not progress):
         try:
             present.setdefault(hash_of_file(path), []).append(str(path))
         except OSError as error:
             bad.append((str(path), error.strerror or str(error)))
-    items = shelf.items()
-    moved, gone = _settle_known(shelf, items, folder, present)
+    items = collection.items()
+    moved, gone = _update_known(collection, items, folder, present)
     known = {item.payload["hash"] for item in items}
     fresh = [(content, found) for content, found in present.items() if content not in known]
     rows = free_rows({item.row for item in items} - set(gone))
     added = 0
-    bar = tqdm(total=len(fresh), desc="encoding", unit="picture", disable=not progress or not fresh)
+    bar = tqdm(total=len(fresh), desc="encoding", unit="image", disable=not progress or not fresh)
     for start in range(0, len(fresh), batch_size):
         part = fresh[start : start + batch_size]
-        added += _add_pictures(shelf, pretrained, part, rows, bad)
+        added += _add_images(collection, pretrained, part, rows, bad)
         bar.update(len(part))
     bar.close()
     return Update(added, len(items) - len(gone), moved, len(gone), bad)
 
 
-def follow_texts(
-    shelf: Shelf, pretrained: Pretrained, texts: Sequence[str], *, batch_size: int, progress: bool
+def sync_texts(
+    collection: Collection, pretrained: Pretrained, texts: Sequence[str], *, batch_size: int, progress: bool
 ) -> Update:
-    """Make the shelf hold exactly these texts."""
-    items = shelf.items()
+    """Make the collection hold exactly these texts."""
+    items = collection.items()
     wanted = {hash_of_text(text): text for text in texts}
     gone = [item.row for item in items if item.payload["hash"] not in wanted]
-    shelf.remove(gone)
+    collection.remove(gone)
     known = {item.payload["hash"] for item in items}
     fresh = [(content, text) for content, text in wanted.items() if content not in known]
     rows = free_rows({item.row for item in items} - set(gone))
     bar = tqdm(total=len(fresh), desc="encoding texts", unit="text", disable=not progress or not fresh)
     for start in range(0, len(fresh), batch_size):
         part = fresh[start : start + batch_size]
-        _add_texts(shelf, pretrained, part, list(islice(rows, len(part))))
+        _add_texts(collection, pretrained, part, list(islice(rows, len(part))))
         bar.update(len(part))
     bar.close()
     return Update(len(fresh), len(items) - len(gone), 0, len(gone), [])
 
 
-def _settle_known(
-    shelf: Shelf, items: list[Item], folder: Path, present: dict[str, list[str]]
+def _update_known(
+    collection: Collection, items: list[Item], folder: Path, present: dict[str, list[str]]
 ) -> tuple[int, list[int]]:
-    """Take out contents that have left and note moved ones; the number moved, and the rows that became free."""
+    """Remove deleted items and update the paths of moved ones; return the number moved and the freed rows."""
     moved, gone = 0, []
     for item in items:
         here = present.get(item.payload["hash"], [])
         elsewhere = [path for path in item.payload["paths"] if not Path(path).is_relative_to(folder)]
-        if here:  # found again below this folder: it has left where no file is now
+        if here:  # found below this folder: drop other paths whose file no longer exists
             elsewhere = [path for path in elsewhere if Path(path).is_file()]
         paths = sorted({*here, *elsewhere})
         if not paths:
             gone.append(item.row)
         elif paths != item.payload["paths"]:
-            shelf.describe(item.row, {**item.payload, "paths": paths})
+            collection.describe(item.row, {**item.payload, "paths": paths})
             moved += 1
-    shelf.remove(gone)
+    collection.remove(gone)
     return moved, gone
 
 
-def _add_pictures(
-    shelf: Shelf,
+def _add_images(
+    collection: Collection,
     pretrained: Pretrained,
     part: list[tuple[str, list[str]]],
     rows: Iterator[int],
@@ -114,19 +114,19 @@ def _add_pictures(
         return 0
     encoded = pretrained.encode_images(pictures)
     high, mid, pooled = (values.float().cpu().numpy() for values in (encoded.high, encoded.mid, encoded.pooled))
-    shelf.put(list(islice(rows, len(pictures))), high=high, mid=mid, pooled=pooled, payloads=payloads)
+    collection.put(list(islice(rows, len(pictures))), high=high, mid=mid, pooled=pooled, payloads=payloads)
     return len(pictures)
 
 
-def _add_texts(shelf: Shelf, pretrained: Pretrained, part: list[tuple[str, str]], rows: list[int]) -> None:
+def _add_texts(collection: Collection, pretrained: Pretrained, part: list[tuple[str, str]], rows: list[int]) -> None:
     encoded = pretrained.encode_texts([text for _, text in part])
     lengths = encoded.mask.sum(1).tolist()
     padded = []
-    for file, values in ((shelf.high, encoded.high), (shelf.mid, encoded.mid)):
+    for file, values in ((collection.high, encoded.high), (collection.mid, encoded.mid)):
         padded.append(np.zeros((len(part), *file.shape), np.float32))
-        for k, length in enumerate(lengths):  # real tokens first, wherever the tokenizer puts padding
+        for k, length in enumerate(lengths):  # real tokens first, whichever side the tokenizer pads
             padded[-1][k, :length] = values[k][encoded.mask[k]].float().cpu().numpy()
     payloads = [
         {"hash": content, "text": text, "tokens": length} for (content, text), length in zip(part, lengths, strict=True)
     ]
-    shelf.put(rows, high=padded[0], mid=padded[1], pooled=encoded.pooled.float().cpu().numpy(), payloads=payloads)
+    collection.put(rows, high=padded[0], mid=padded[1], pooled=encoded.pooled.float().cpu().numpy(), payloads=payloads)

@@ -1,4 +1,4 @@
-"""Where the words of a sentence matched in pictures of an index, from the features that it keeps."""
+"""Word heatmaps of indexed images, from their stored features."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from hacan.types import EncodedImages
 
 
 def explain_features(pretrained: Pretrained, images: EncodedImages, picture: np.ndarray, text: str) -> Explanation:
-    """As `hacan.report.heatmaps.explain`, for one picture [H, W, 3] with its features: not encoded again."""
+    """Return the heatmaps as `hacan.report.heatmaps.explain` does, from stored features of an image [H, W, 3]."""
     size = pretrained.image_size
     attention = pair_attention(pretrained.model.alignment, images, pretrained.encode_texts([text]))
     mid, high = pretrained.model.region_grids(height=size, width=size)
@@ -20,7 +20,7 @@ def explain_features(pretrained: Pretrained, images: EncodedImages, picture: np.
     words = words_of(text, pretrained.tokenizer, max_text_len=pretrained.max_text_len)
     words = [word for word in words if not word.special and not torch.isnan(some[list(word.tokens)]).any()]
     if not words:
-        raise UserError(f"the sentence {text!r} has no word that the model reads: there is nothing to map")
+        raise UserError(f"the sentence {text!r} has no word in the vocabulary of the model: there are no heatmaps")
     streams = []
     for name, found in attention.items():
         grid = mid if name == "lrg_mid" else high

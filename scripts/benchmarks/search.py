@@ -70,14 +70,18 @@ def measure_queries(pictures: int, folder: Path) -> None:
     """The whole query, and its stages, with the model loaded."""
     generator = np.random.default_rng(0)
     index = Index.create(folder / "index", model=full_size_model())
-    shelf = index.shelves[PICTURES]
+    collection = index.collections[PICTURES]
     pooled = Embeddings(WIDTH).draw(pictures, generator)
-    high, mid = (generator.standard_normal((BATCH, *file.shape)).astype(np.float32) for file in (shelf.high, shelf.mid))
+    high, mid = (
+        generator.standard_normal((BATCH, *file.shape)).astype(np.float32) for file in (collection.high, collection.mid)
+    )
     start = time.perf_counter()
     for first in tqdm(range(0, pictures, BATCH), desc="storing items", unit="batch", mininterval=5):
         rows = range(first, min(first + BATCH, pictures))
         some = slice(0, len(rows))
-        shelf.put(rows, high=high[some], mid=mid[some], pooled=pooled[rows], payloads=[payload(row) for row in rows])
+        collection.put(
+            rows, high=high[some], mid=mid[some], pooled=pooled[rows], payloads=[payload(row) for row in rows]
+        )
     print(f"stored {pictures:,} items with their features in {time.perf_counter() - start:.0f} s", flush=True)
     query = index.pretrained.encode_texts([SENTENCE])
     hits = index.shortlist(query.pooled[0], PICTURES, SHORTLIST)

@@ -133,7 +133,7 @@ def test_bad_pictures_and_bombs_are_one_line(trained, tmp_path):
     page.write_bytes(b"<html>404</html>")
     for path, words in (
         ("nosuch.jpg", "cannot be read: there is no such file"),
-        (bomb, "claims to be 60000 x 50000 pixels.*decompression bomb"),
+        (bomb, "cannot be decoded"),
         (page, "cannot be decoded"),
     ):
         with pytest.raises(UserError, match=f"image {path} {words}") as error:

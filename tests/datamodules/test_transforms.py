@@ -66,7 +66,7 @@ def test_scenes_are_never_flipped_and_keep_all_that_is_drawn():
     for seed in range(40):
         torch.manual_seed(seed)
         red, green, _ = transform(image).float()
-        assert red.sum() >= 255 * 40 and green.sum() >= 255 * 40  # 8 x 8 pixels, at most shrunk to 96/112
+        assert red.sum() >= 255 * 40 and green.sum() >= 255 * 40  # 8 x 8 pixels, at most shrink to 96/112
         rows, columns = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
         assert (red * rows).sum() / red.sum() < 48 and (red * columns).sum() / red.sum() < 48
         assert (green * rows).sum() / green.sum() > 48 and (green * columns).sum() / green.sum() > 48

@@ -51,7 +51,7 @@ def test_it_writes_a_png_and_names_the_score(picture, checkpoint, tmp_path, caps
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"image": "missing.jpg"}, "picture missing.jpg cannot be read"),
+        ({"image": "missing.jpg"}, "image missing.jpg cannot be read"),
         ({"caption": " "}, "the caption is empty: give a sentence"),
         ({"--checkpoint": "missing.ckpt"}, "missing.ckpt"),
         ({"--alpha": "2"}, "--alpha 2: expected a number from 0 to 1"),

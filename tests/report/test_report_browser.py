@@ -103,13 +103,13 @@ def test_clicks_and_keys_of_the_viewer(evaluated, tmp_path, width):  # noqa: F81
         browser.press(ENTER)
         browser.wait(f"{chosen} === '0'")
 
-        # the rest of the page: links lead to their parts, the receipt opens, nothing is cut off or fetched
+        # the rest of the page: links lead to their parts, the provenance opens, nothing is cut off or fetched
         for name in browser.run("return [...document.querySelectorAll('nav a')].map((a) => a.hash.slice(1))"):
             browser.click(f"nav a[href='#{name}']")
             place = browser.run(f"return document.getElementById('{name}').getBoundingClientRect().top")
             assert -1 <= place < browser.run("return innerHeight")
-        browser.click("#receipt summary")
-        assert "ids hash" in browser.run("return document.querySelector('#receipt dl').innerText")
+        browser.click("#provenance summary")
+        assert "ids hash" in browser.run("return document.querySelector('#provenance dl').innerText")
         assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         pictures = "[...document.querySelectorAll('img')]"
         browser.run(f"{pictures}.forEach((i) => {{ i.loading = 'eager'; }}); return 1")

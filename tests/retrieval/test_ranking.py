@@ -281,7 +281,7 @@ def test_the_curve_suggests_the_smallest_k_that_is_close_to_the_full_ranking(tmp
     assert of([200.0, 399.8, 399.9, 400.0]).suggested_k == 3
     assert of([200.0, 410.0, 395.0, 400.0]).suggested_k == 2  # better than the full ranking is good enough
     assert of([400.0]).suggested_k == 1
-    assert "K=3 suffices" in of([200.0, 399.8, 399.9, 400.0]).summary()
+    assert "K=3 is enough" in of([200.0, 399.8, 399.9, 400.0]).summary()
     mean = mean_curve([of([200.0, 400.0]), of([300.0, 400.0, 500.0])])
     assert mean.rsum.tolist() == [250.0, 400.0, 450.0]
     mean.save(tmp_path)

@@ -21,8 +21,8 @@ from hacan.checkpoints.checkpoint import atomic_save, describe_model
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.search import Index
-from hacan.search.feature_file import RowFile
-from hacan.search.folder import pictures_below, texts_of_csv
+from hacan.search.feature_file import FeatureFile
+from hacan.search.folder import images_below, texts_of_csv
 from hacan.search.store import VectorStore
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def test_the_local_store_keeps_a_write_ahead_log(tmp_path):
 
 @pytest.mark.parametrize("arguments", [{}, {"text": " "}, {"text": "a dog", "image": "x.png"}])
 def test_a_query_is_a_sentence_or_a_picture(index, arguments):
-    with pytest.raises(UserError, match="one of the two"):
+    with pytest.raises(UserError, match="either a sentence or an image"):
         index.search(**arguments)
 
 
@@ -249,16 +249,16 @@ def test_texts_are_replaced(index, monkeypatch):
 def test_another_model_is_refused_in_one_line(index, pretrained, make_model, tokenizer, tmp_path):
     index.close()
     other = Pretrained(model=make_model(), tokenizer=tokenizer, image_size=64, centre_crop=True, max_text_len=12)
-    with pytest.raises(UserError, match=r"was made with the model [0-9a-f]{12}, but the model given is") as caught:
+    with pytest.raises(UserError, match=r"was created with the model [0-9a-f]{12}, but the model given is") as caught:
         Index.open(tmp_path / "index", model=other)
     assert "\n" not in str(caught.value)
     pretrained.centre_crop = False  # the same weights, other pixels
-    with pytest.raises(UserError, match=r"was made with the model"):
+    with pytest.raises(UserError, match=r"was created with the model"):
         Index.open(tmp_path / "index", model=pretrained)
 
 
 def test_places_that_hold_no_index_are_named(index, pretrained, tmp_path, folder):
-    with pytest.raises(UserError, match="is no index"):
+    with pytest.raises(UserError, match="is not an index"):
         Index.open(tmp_path / "nothing", model=pretrained)
     with pytest.raises(UserError, match="holds an index already"):
         Index.create(tmp_path / "index", model=pretrained)
@@ -272,7 +272,7 @@ def test_places_that_hold_no_index_are_named(index, pretrained, tmp_path, folder
     with pytest.raises(UserError, match="does not know where its model is"):
         Index.open(tmp_path / "index")
     (tmp_path / "index" / "index.json").write_text("{")
-    with pytest.raises(UserError, match="is no index"):
+    with pytest.raises(UserError, match="is not an index"):
         Index.open(tmp_path / "index", model=pretrained)
 
 
@@ -282,7 +282,7 @@ def test_a_cluster_that_does_not_answer_is_named(pretrained, tmp_path):
 
 
 def test_rows_grow_and_refuse_what_float16_cannot_hold(tmp_path):
-    file = RowFile(tmp_path / "a.f16", (3, 2))
+    file = FeatureFile(tmp_path / "a.f16", (3, 2))
     values = np.random.default_rng(0).standard_normal((2, 3, 2)).astype(np.float32)
     file.write([4, 1], values)
     assert np.array_equal(file.read([1, 4]), values[::-1].astype(np.float16)) and not file.read([0]).any()
@@ -295,7 +295,7 @@ def test_rows_grow_and_refuse_what_float16_cannot_hold(tmp_path):
 
 
 def test_pictures_are_found_at_any_depth(folder):
-    names = [str(path.relative_to(folder)) for path in pictures_below(folder)]
+    names = [str(path.relative_to(folder)) for path in images_below(folder)]
     assert names == sorted(names) and len(names) == 14
     assert "deep/er/4.jpg" in names and "notes.txt" not in names and ".hidden/secret.png" not in names
 
@@ -348,7 +348,7 @@ def test_the_scripts_index_and_search(trained_checkpoint, folder, tmp_path, caps
     assert search_main([place, *similar]) == 0
     assert "no words to map" in capsys.readouterr().err and sheet.read_text().count("<li") == 10
     assert search_main([place]) == 2 and search_main([str(tmp_path / "nowhere"), "a cat"]) == 2
-    assert "one of the two" in (errors := capsys.readouterr().err) and "is no index" in errors
+    assert "either a sentence or an image" in (errors := capsys.readouterr().err) and "is not an index" in errors
 
 
 def test_nothing_is_asked_of_the_network(trained_checkpoint, folder, tmp_path, monkeypatch):

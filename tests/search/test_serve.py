@@ -25,7 +25,7 @@ from chromium import ENTER, TAB, browsers
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.search import Index, server
-from hacan.search.upload import picture_of_upload
+from hacan.search.server import decode_upload
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = ["a dog runs", "a small red cat sits on the grass", "the blue dog"]
@@ -202,19 +202,19 @@ def png_that_claims(width, height):
 
 def test_uploads_are_judged_before_they_are_decoded(address, monkeypatch):
     for body, message in (
-        (b"no picture", b"is no JPEG, PNG or WebP"),
-        (b"\0" * 9, b"is no JPEG, PNG or WebP"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"is no JPEG, PNG or WebP"),
+        (b"no picture", b"is not a JPEG, PNG or WebP"),
+        (b"\0" * 9, b"is not a JPEG, PNG or WebP"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"is not a JPEG, PNG or WebP"),
         (png_that_claims(20_000, 20_000), b"400000000 pixels"),
         (png_that_claims(9000, 8000), b"9000 x 8000 pixels"),
         (png_that_claims(40, 30), b"damaged"),
     ):
         status, _, content = asked(address, "/api/search", body=body)
         assert status == 400 and message in content, content
-    monkeypatch.setattr(server, "MOST_BYTES", 1000)
+    monkeypatch.setattr(server, "MAX_BYTES", 1000)
     assert asked(address, "/api/search", body=b"x" * 1001)[0] == 413
     with pytest.raises(UserError, match="more than 1,000,000 are not decoded"):
-        picture_of_upload(png_that_claims(1001, 1000), most_pixels=1_000_000)
+        decode_upload(png_that_claims(1001, 1000), max_pixels=1_000_000)
 
 
 @pytest.mark.parametrize("query", ["text=", "text=%20", "text=cat&top=0", "text=cat&top=101", f"text={'a' * 1001}"])

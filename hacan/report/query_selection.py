@@ -1,4 +1,4 @@
-"""Queries that a person should look at: the best, the worst and random ones, both ways, with what was found."""
+"""Select example queries of both directions: the best, the worst and random ones, with their rankings."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ KINDS = ("best", "worst", "random")
 
 
 class Item(NamedTuple):
-    """An item of the gallery that a query was shown, or should have been shown."""
+    """An item of the gallery in the ranking of a query."""
 
     index: int  # of the text (image to text) or of the image (text to image), in the split
     place: int | None  # in the ranking, from 1; None: not in the shortlist
@@ -21,20 +21,20 @@ class Item(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A query with the head of its ranking."""
+    """A query with the first items of its ranking."""
 
     direction: str  # i2t or t2i
     kind: str  # best, worst or random
     index: int  # of the image (image to text) or of the text, in the split
     rank: float  # of the best correct item, from 1; inf: missed, no correct item in the shortlist
     items: list[Item]  # best first
-    best_correct: Item  # also where it is not among `items`
+    best_correct: Item  # also if it is not among `items`
 
 
 def choose_queries(ranks: Tensor, asked: Tensor, *, kind: str, count: int, seed: int) -> list[int]:
-    """Some queries [count at most] by their ranks [Q] from 0: lowest first, highest (misses) first, or any.
+    """Return at most `count` queries by their ranks [Q] from 0: best, worst or random ones.
 
-    asked [Q] bool: the queries that have an answer. Queries of equal rank come in an order drawn with `seed`.
+    asked [Q] bool: the queries that have a correct item. Queries of equal rank are in an order drawn with `seed`.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
@@ -46,7 +46,7 @@ def choose_queries(ranks: Tensor, asked: Tensor, *, kind: str, count: int, seed:
     return order[:count].tolist()
 
 
-def build_gallery(
+def select_queries(
     results: Sequence[RetrievalResult],
     image_of_text: Tensor,
     *,
@@ -55,10 +55,10 @@ def build_gallery(
     shown: int = 5,
     seed: int = 0,
 ) -> list[Query]:
-    """`count` queries of each kind and direction, each with its first `shown` items.
+    """Return `count` queries of each kind and direction, each with its first `shown` items.
 
-    results: one per fold, numbered within the fold, as an `Evaluation` holds them; a fold is an equal run of images.
-    Indices of the queries that come out count over the whole split.
+    results: one per fold, numbered within the fold, as in an `Evaluation`; folds are equal.
+    The indices of the returned queries count over the whole split.
     """
     if images % len(results):
         raise ValueError(f"{images} images do not divide into {len(results)} folds; pass the results of equal folds")

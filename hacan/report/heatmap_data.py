@@ -1,4 +1,4 @@
-"""The heatmaps of some pairs as data for the page: its script draws them, so that a pair costs a few KiB."""
+"""Heatmaps of some pairs as JSON data, which the script of the report draws; a pair takes a few KiB."""
 
 import base64
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from matplotlib import colormaps
 from tqdm import tqdm
 
 from hacan.checkpoints.pretrained import Pretrained
-from hacan.report.gallery import Query
 from hacan.report.heatmaps import ALPHA, COLORMAP, FAINT, STREAM_NAMES, Explanation, explain
+from hacan.report.query_selection import Query
 from hacan.report.thumbnails import data_uri
 
 Pair = tuple[int, int]  # image, text
-SEEN_QUALITY = 92  # of pictures that are shown enlarged
+LARGE_QUALITY = 92  # JPEG quality of images that are shown large
 
 
 def pairs_to_explain(queries: Sequence[Query]) -> list[Pair]:
-    """Of each query its first item and its best correct one: what was found, and what should have been."""
+    """Return the pairs of each query with its first item and its best correct item."""
     pairs = {}
     for query in queries:
         for item in (query.best_correct, query.items[0]):
@@ -27,11 +27,11 @@ def pairs_to_explain(queries: Sequence[Query]) -> list[Pair]:
 
 
 def pair_of(query: Query, item: int) -> Pair:
-    """A query and an item of its gallery as (image, text)."""
+    """Return a query and an item of its ranking as (image, text)."""
     return (query.index, item) if query.direction == "i2t" else (item, query.index)
 
 
-def viewer_data(
+def heatmap_data(
     pretrained: Pretrained,
     pairs: Sequence[Pair],
     *,
@@ -40,18 +40,18 @@ def viewer_data(
     image_of_text: Sequence[int],
     progress: bool,
 ) -> dict[str, Any]:
-    """Plain values: the pairs with their maps, each picture once, the colours."""
+    """Return plain values: the pairs with their maps, each image once, and the colour map."""
     pictures: dict[int, str] = {}
     shown = []
     for image, text in tqdm(pairs, desc="heatmaps", unit="pair", disable=not progress):
         found = explain(pretrained, paths[image], captions[text])
-        pictures.setdefault(image, data_uri(found.picture, quality=SEEN_QUALITY))
-        shown.append({"image": image, "correct": bool(image_of_text[text] == image), **_plain(found)})
+        pictures.setdefault(image, data_uri(found.picture, quality=LARGE_QUALITY))
+        shown.append({"image": image, "correct": bool(image_of_text[text] == image), **_to_json(found)})
     colours = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(int).tolist()
     return {"pairs": shown, "pictures": pictures, "colours": colours, "alpha": ALPHA, "faint": FAINT}
 
 
-def _plain(found: Explanation) -> dict[str, Any]:
+def _to_json(found: Explanation) -> dict[str, Any]:
     return {
         "caption": found.caption,
         "score": round(found.score, 4),
@@ -73,6 +73,6 @@ def _plain(found: Explanation) -> dict[str, Any]:
 
 
 def _bytes(grids: np.ndarray, low: float, high: float) -> bytes:
-    """Values from `low` to `high` as 0 to 255, those beyond cut off, in the order word, row, column."""
+    """Return the values scaled from [low, high] to 0..255 and clipped, in the order word, row, column."""
     scaled = ((grids - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(grids)
     return np.rint(scaled * 255).astype(np.uint8).tobytes()
