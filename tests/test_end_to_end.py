@@ -71,7 +71,7 @@ def test_checkpoints_hold_the_model_and_its_description(run):
     for name in (BEST, LAST):
         content = torch.load(home / "1" / "checkpoints" / name, weights_only=True)
         assert content["hacan"]["settings"]["embed_dim"] == 16 and content["hacan"]["tokenizer"]
-    assert not (home / "1" / "checkpoints" / ".lock").exists()
+    assert not (home / "1" / "checkpoints" / ".lock.json").exists()
 
 
 @pytest.mark.slow

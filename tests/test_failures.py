@@ -63,7 +63,7 @@ def odd_data(tmp_path):
 
 def test_odd_captions_and_bad_pictures_are_trained_on_or_left_out(odd_data, caplog):
     updates = {"datasets": "captions", "batch_size": 4, "per_gpu_batchsize": 2, "max_text_len": 40}
-    with pytest.raises(UserError, match=r"picture .*[24] \U0001f600.png .*on_bad_image=skip") as error:
+    with pytest.raises(UserError, match=r"image .*[24] \U0001f600.png .*on_bad_image=skip") as error:
         train_here(settings_of(odd_data, **updates), odd_data)
     assert "\n" not in str(error.value)
     assert "decompression bomb" in str(error.value) or "not a picture" in str(error.value)
