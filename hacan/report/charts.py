@@ -46,7 +46,7 @@ def line_chart(
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, framealpha=0.9)
+    axes.legend(fontsize=8, framealpha=0.9, ncols=2 if len(lines) > 3 else 1)
     return figure
 
 

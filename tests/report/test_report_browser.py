@@ -5,12 +5,12 @@ import base64
 import cv2
 import numpy as np
 import pytest
-from chromium import ENTER, LEFT, RIGHT, TAB, browsers
+from browser import browsers
+from selenium.webdriver.common.keys import Keys
 from test_report import CAPTIONS, evaluated  # noqa: F401  (a fixture)
 
 from hacan.report.heatmaps import explain, overlay
 
-HOME = "\ue011"
 NAMES = ("one.png", "<b>two.png", "three.jpg")
 DRAWN = "document.querySelectorAll('.maps canvas').length === 3 && document.querySelector('.maps canvas').width === 64"
 
@@ -57,11 +57,11 @@ def test_clicks_and_keys_of_the_viewer(evaluated, tmp_path, width):  # noqa: F81
         assert words == ["[CLS]", *CAPTIONS[3].split(), "[SEP]"]
         browser.click(".words button:nth-child(4)")
         assert wait_for_word(browser, 3) == "dog"
-        browser.press(RIGHT)
+        browser.press(Keys.RIGHT)
         assert wait_for_word(browser, 4) == "sits"
         assert browser.run("return document.activeElement.textContent") == "sits"
-        browser.press(LEFT)
-        browser.press(LEFT)
+        browser.press(Keys.LEFT)
+        browser.press(Keys.LEFT)
         assert wait_for_word(browser, 2) == "red"
 
         # what is drawn is the overlay of that word, each stream on its own scale
@@ -75,7 +75,7 @@ def test_clicks_and_keys_of_the_viewer(evaluated, tmp_path, width):  # noqa: F81
 
         # without opacity only the picture is left
         browser.run("document.getElementById('opacity').focus(); return 1")
-        browser.press(HOME)
+        browser.press(Keys.HOME)
         browser.wait("document.getElementById('opacity').value === '0'")
         wait_for_word(browser, 2)
         one, two, three = canvases(browser)
@@ -94,13 +94,13 @@ def test_clicks_and_keys_of_the_viewer(evaluated, tmp_path, width):  # noqa: F81
 
         # a keyboard alone: from the list on to a word, and a button of the gallery by Enter
         browser.run("document.querySelector('button[aria-label=\"next pair\"]').focus(); return 1")
-        browser.press(TAB)
+        browser.press(Keys.TAB)
         reached = browser.run("return [...document.querySelectorAll('.words button')].indexOf(document.activeElement)")
         wait_for_word(browser, reached)  # the chosen word, whichever that is
-        browser.press(RIGHT)
+        browser.press(Keys.RIGHT)
         wait_for_word(browser, (reached + 1) % browser.run("return document.querySelectorAll('.words button').length"))
         browser.run("document.querySelector('.see[data-pair=\"0\"]').focus(); return 1")
-        browser.press(ENTER)
+        browser.press(Keys.ENTER)
         browser.wait(f"{chosen} === '0'")
 
         # the rest of the page: links lead to their parts, the provenance opens, nothing is cut off or fetched

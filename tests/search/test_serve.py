@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
-from chromium import ENTER, TAB, browsers
+from browser import browsers
+from selenium.webdriver.common.keys import Keys
 
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
@@ -261,11 +262,11 @@ def drop(browser, content):
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path, width):
     browser = open_browser(width)
-    browser("POST", "/url", {"url": address})
+    browser.open(address)
     assert width - 20 <= browser.run("return document.documentElement.clientWidth") <= width
     browser.wait("document.getElementById('about').textContent.includes('5 pictures, 3 texts')")
     browser.type("#text", "a red cat runs")
-    browser.type("#text", ENTER) if width == 1280 else browser.click("#ask button")
+    browser.type("#text", Keys.ENTER) if width == 1280 else browser.click("#ask button")
     browser.wait("document.querySelectorAll('#chips button').length === 4")
     names = browser.run("return [...document.querySelectorAll('#results strong')].map((e) => e.textContent)")
     assert names == [f"{r.rank}. {r.name.rsplit('/', 1)[1]}" for r in index.search("a red cat runs")]
@@ -276,9 +277,9 @@ def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path,
     browser.screenshot(tmp_path / f"page-{width}.png")
     browser.click("#chips button:nth-child(3)")
     browser.run("document.getElementById('stream').focus(); return 1")
-    browser.press(TAB)  # the keyboard reaches the words
+    browser.press(Keys.TAB)  # the keyboard reaches the words
     assert browser.run("return document.activeElement.textContent") == "a"
-    browser.press(TAB)
+    browser.press(Keys.TAB)
     browser.wait(mapped.format("red", 5))
     browser.run("document.activeElement.blur(); return 1")
     browser.wait(mapped.format("red", 0))
@@ -299,9 +300,9 @@ def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path,
     browser.wait("document.querySelector('#results.pictures strong')?.textContent === '1. 2 <b>.png'")
     (tmp_path / "bad.png").write_text("no picture")
     browser.type("#file", str(tmp_path / "bad.png"))
-    browser.wait("document.getElementById('status').textContent.includes('no JPEG')")
+    browser.wait("document.getElementById('status').textContent.includes('not a JPEG')")
     assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     loaded = browser.run("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert all(name.startswith((address, "data:", "blob:")) for name in loaded)
-    errors = [line["message"] for line in browser("POST", "/se/log", {"type": "browser"})]
+    errors = browser.errors()
     assert all("400" in message or "favicon" in message for message in errors), errors
