@@ -24,7 +24,8 @@ def public_keys(**_: object) -> None:
     """Declare the public codes' own keys: Sacred rejects a key that neither the config nor a captured function has."""
 
 
-public_keys.__signature__ = Signature([Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in PUBLIC_KEYS])
+_parameters = [Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in PUBLIC_KEYS]
+public_keys.__signature__ = Signature(_parameters)  # type: ignore[attr-defined]  # functions accept it
 ex.capture(public_keys)
 
 

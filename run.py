@@ -38,7 +38,7 @@ def judge_and_record(config: dict[str, Any], command_name: str, logger: Any) -> 
             logger.warning("%s: no effect in the public code, and none here", ", ".join(ignored))
         if not is_first_process():
             logging.disable(logging.INFO)  # the first one says it
-            logging.getLogger(ex.path).setLevel(logging.ERROR)  # nor do they mind that they have no observer
+            logging.getLogger(str(ex.path)).setLevel(logging.ERROR)  # nor do they mind that they have no observer
         if is_first_process() and not ex.observers:
             ex.observers.append(RunRecord(Path(run.log_dir) / run.exp_name))
     return {}

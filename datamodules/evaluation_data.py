@@ -72,8 +72,8 @@ class EvaluationTexts:
     """
 
     def __init__(self, tokens: TokenTable, rows: Sequence[int], *, batch_size: int) -> None:
-        rows = np.asarray(rows, np.int64)
-        self._rows = rows[np.argsort(tokens.lengths[rows], kind="stable")]
+        asked = np.asarray(rows, np.int64)
+        self._rows = asked[np.argsort(tokens.lengths[asked], kind="stable")]
         self._tokens, self._batch_size = tokens, batch_size
 
     def __len__(self) -> int:
@@ -104,4 +104,5 @@ class _Pictures(Dataset):
 def _stack(items: list[tuple[int, Tensor | BadPicture]]) -> tuple[Tensor, Tensor | None, list[BadPicture]]:
     rows = torch.tensor([row for row, _ in items], dtype=torch.int64)
     bad = [item for _, item in items if isinstance(item, BadPicture)]
-    return rows, None if bad else normalise(torch.stack([pixels for _, pixels in items])), bad
+    pixels = [item for _, item in items if not isinstance(item, BadPicture)]
+    return rows, None if bad else normalise(torch.stack(pixels)), bad

@@ -57,7 +57,8 @@ def draw_scene(scene: Scene, *, size: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _tint(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    return tuple(int(value) for value in np.clip(np.array(INK[colour]) + rng.integers(-10, 11, size=3), 0, 255))
+    red, green, blue = np.clip(np.array(INK[colour]) + rng.integers(-10, 11, size=3), 0, 255).tolist()
+    return red, green, blue
 
 
 def _draw_thing(canvas: np.ndarray, shape: str, centre: np.ndarray, radius: float, ink: tuple[int, int, int]) -> None:
@@ -67,9 +68,9 @@ def _draw_thing(canvas: np.ndarray, shape: str, centre: np.ndarray, radius: floa
         cv2.circle(canvas, (x, y), round(radius * scale), ink, -1, cv2.LINE_8, _FRACTION_BITS)
         return
     if shape == "square":
-        angles, radii = np.array([45, 135, 225, 315]), 1.15
+        angles, radii = np.array([45, 135, 225, 315]), np.array(1.15)
     elif shape == "triangle":
-        angles, radii = np.array([-90, 30, 150]), 1.2
+        angles, radii = np.array([-90, 30, 150]), np.array(1.2)
     elif shape == "star":
         angles, radii = -90 + 36 * np.arange(10), np.where(np.arange(10) % 2 == 0, 1.2, 0.5)
     else:

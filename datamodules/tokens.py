@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase  # type: ignore[attr-defined]  # loaded on demand
 
 from datamodules.scenes import scenes_vocabulary
 from hacan.errors import UserError

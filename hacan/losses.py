@@ -76,8 +76,8 @@ def share_of_active_hinges(scores: Tensor, negatives: HardNegatives, *, margin: 
 
     scores [B, B] fine scores; a scalar without gradient. Near 0 the loss has nothing left to teach.
     """
-    active = sum((hinge > 0).sum() for hinge in _triplet_hinges(scores.detach(), negatives, margin))
-    known = sum((index >= 0).sum() for index in negatives)
+    active = torch.stack([(hinge > 0).sum() for hinge in _triplet_hinges(scores.detach(), negatives, margin)]).sum()
+    known = torch.stack([(index >= 0).sum() for index in negatives]).sum()
     return active / known.clamp(min=1)
 
 

@@ -60,7 +60,7 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
     Keys without an effect are dropped (`ignored_keys` lists them for a warning). Raise `UserError` for a key that has
     another name here, and for a value that asks for something that this program does not do.
     """
-    translated = {}
+    translated: dict[str, Any] = {}
     for key, value in config.items():
         if key in REPLACED:
             raise UserError(f"{key}={value!r} is a config key of the public code: {REPLACED[key]}")

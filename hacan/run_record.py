@@ -34,7 +34,7 @@ class RunRecord(FileStorageObserver):
 
     def save_json(self, obj: Any, filename: str) -> None:
         """Write a file of the record in one step."""
-        partial = Path(self.dir) / f".{filename}.partial"
+        partial = Path(str(self.dir)) / f".{filename}.partial"
         try:
             super().save_json(obj, partial.name)
             os.replace(partial, partial.with_name(filename))
@@ -43,7 +43,7 @@ class RunRecord(FileStorageObserver):
             if not self._begun:
                 raise
             if not self._warned:
-                log.warning("the run's record, %s, stays as it was: %s", Path(self.dir) / filename, error.strerror)
+                log.warning("the run's record, %s, stays as it was: %s", Path(str(self.dir)) / filename, error.strerror)
             self._warned = True
 
     def log_metrics(self, metrics_by_name: dict[str, Any], info: dict[str, Any]) -> None:

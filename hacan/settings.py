@@ -162,7 +162,7 @@ class Settings:
     def from_flat(cls, config: Mapping[str, Any]) -> "Settings":
         """Settings of a flat config. Unknown or missing keys, wrong types, ranges and choices raise `UserError`."""
         config = translate(config)
-        parts = {field.name: field.type for field in dataclasses.fields(cls)}
+        parts: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         known = {field.name: part for part, kind in parts.items() for field in dataclasses.fields(kind)}
         for key in config:
             if key not in known:
@@ -236,7 +236,7 @@ def _keywords(key: str, text: str) -> dict[str, Any]:
     """Arguments as in a call, "depths=[1, 2]": text, because Sacred rejects keys that a named config adds to a dict."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        if call.args:
+        if not isinstance(call, ast.Call) or call.args:
             raise ValueError("an argument without a name")
         return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError) as error:
@@ -294,5 +294,5 @@ def _check_together(settings: Settings) -> None:
 
 def describe() -> dict[str, types.MappingProxyType]:
     """Every config key with its rules (doc, choices, low, high), for documents and tests."""
-    parts = (field.type for field in dataclasses.fields(Settings))
+    parts: Any = (field.type for field in dataclasses.fields(Settings))
     return {field.name: field.metadata for part in parts for field in dataclasses.fields(part)}

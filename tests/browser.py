@@ -19,12 +19,16 @@ FLAGS = (
 )
 
 
+def _chromium():
+    return shutil.which("chromium") or shutil.which("google-chrome")
+
+
 class Browser:
     """One window, `width` pixels wide; below 500 pixels it emulates a phone."""
 
     def __init__(self, width, profile):
         options = Options()
-        options.binary_location = shutil.which("chromium")
+        options.binary_location = _chromium()
         for flag in (*FLAGS, f"--window-size={width},900", f"--user-data-dir={profile}"):
             options.add_argument(flag)
         if width < 500:  # narrower than a desktop window can be
@@ -80,7 +84,7 @@ class Browser:
 @contextlib.contextmanager
 def browsers(folder):
     """Yield start(width) -> Browser. Without Chromium the test is skipped, or fails if HACAN_REQUIRE_BROWSER is set."""
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+    if not _chromium() or not shutil.which("chromedriver"):
         missing = "no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)"
         if os.environ.get("HACAN_REQUIRE_BROWSER"):
             pytest.fail(missing)

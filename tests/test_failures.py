@@ -66,7 +66,7 @@ def test_odd_captions_and_bad_pictures_are_trained_on_or_left_out(odd_data, capl
     with pytest.raises(UserError, match=r"image .*[24] \U0001f600.png .*on_bad_image=skip") as error:
         train_here(settings_of(odd_data, **updates), odd_data)
     assert "\n" not in str(error.value)
-    assert "decompression bomb" in str(error.value) or "not a picture" in str(error.value)
+    assert "cannot be decoded" in str(error.value)
     best = train_here(settings_of(odd_data, **updates, on_bad_image="skip"), odd_data)
     assert "epoch 0: 2 unreadable picture(s) left out" in caplog.text
     settings = settings_of(odd_data, **updates, checkpoint=str(best), test_only=True)

@@ -52,7 +52,7 @@ class HybridAlignment(FineAlignment):
         if self.direction != "i2t":
             dots = all_dots(regions, tokens) if not scores else dots.movedim((-2, -1), (-4, -3)).contiguous()
             scores.append(self.score(dots, tokens, regions, mask, None, focal))
-        return sum(scores) / len(scores)
+        return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
 
     def score(
         self, dots: Tensor, queries: Tensor, sources: Tensor, q_mask: Tensor | None, s_mask: Tensor | None, focal: bool

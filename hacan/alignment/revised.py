@@ -46,7 +46,7 @@ class RevisedAlignment(FineAlignment):
         if self.direction != "i2t":  # words are the queries: z is [*, N, R, M, L]
             z = filtered_cosines(regions, tokens, None, words)
             scores.append(masked_mean(z.amax(-3), words.unsqueeze(-3), -1))
-        return sum(scores) / len(scores)
+        return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
 
     def attention(self, regions: Tensor, tokens: Tensor, mask: Tensor, stream: str) -> Tensor:
         """LRG: softmax_v(p) times the number of regions; KSF: z ("both": as "t2i"); [*, N, M, L, R]."""

@@ -4,6 +4,7 @@ Captions are sorted by length, so that blocks hold little padding. What depends 
 CPU before the first block, so that no block waits for a GPU.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -39,11 +40,11 @@ def score_all_pairs(form: nn.Module, images: EncodedImages, texts: Texts, stream
     blocks = [scorer.block(torch.tensor(part), lengths[part[0]], lengths[part[-1]]) for part in parts]
     columns = []
     for block in blocks:
-        tokens, total = scorer.tokens(block), 0
+        tokens, terms = scorer.tokens(block), []
         for stream, regions in scorer.regions.items():
             share = max(1, scorer.cells_per_block // (block.rows.numel() * regions.shape[1]))
-            total = total + torch.cat([scorer.score(stream, some, tokens, block) for some in regions.split(share)])
-        columns.append(total)
+            terms.append(torch.cat([scorer.score(stream, some, tokens, block) for some in regions.split(share)]))
+        columns.append(functools.reduce(torch.add, terms))
     scores = torch.cat(columns, 1)[:, torch.tensor(order).argsort().to(scorer.device)]
     return scores.masked_fill(scorer.empty, 0)
 
@@ -70,23 +71,23 @@ def score_listed_pairs(
     for group in groups_of_images(pairs[order, 0], lengths[order], tokens=tokens_per_block):
         rows = pairs[order[group[:, -1]], 0]
         together = int(rows[-1] - rows[0]) == len(rows) - 1  # neighbours: a view of their regions, no copy
-        rows = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows.to(scorer.device)
+        where = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows.to(scorer.device)
         longest = lengths[order[group]].masked_fill(group < 0, 0).amax(0).tolist()
         for bucket in length_buckets(longest, tokens=tokens_per_block // len(group)):
             listed = group[:, bucket]
             captions = pairs[order[listed], 1].masked_fill(listed < 0, -1)
-            blocks.append((rows, scorer.block(captions, 0, longest[bucket][-1])))
+            blocks.append((where, scorer.block(captions, 0, longest[bucket][-1])))
             places.append(listed.flatten())
     scores = []
-    for rows, block in blocks:
-        tokens, total = scorer.tokens(block), 0
-        for stream, regions in scorer.regions.items():
-            total = total + scorer.score(stream, regions[rows].unsqueeze(-3), tokens, block)  # N = 1
-        scores.append(total.flatten())
-    places = torch.cat(places)
-    where = torch.empty_like(order)
-    where[order[places[places >= 0]]] = (places >= 0).nonzero().flatten()
-    return torch.cat(scores)[where.to(scorer.device)].masked_fill(scorer.empty[pairs[:, 1].to(scorer.device)], 0)
+    for where, block in blocks:
+        tokens = scorer.tokens(block)
+        regions = {stream: values[where].unsqueeze(-3) for stream, values in scorer.regions.items()}  # N = 1
+        terms = [scorer.score(stream, values, tokens, block) for stream, values in regions.items()]
+        scores.append(functools.reduce(torch.add, terms).flatten())
+    listed = torch.cat(places)
+    position = torch.empty_like(order)
+    position[order[listed[listed >= 0]]] = (listed >= 0).nonzero().flatten()
+    return torch.cat(scores)[position.to(scorer.device)].masked_fill(scorer.empty[pairs[:, 1].to(scorer.device)], 0)
 
 
 def length_buckets(lengths: list[int], *, tokens: int) -> list[slice]:

@@ -124,7 +124,7 @@ def atomic_save(content: Any, path: str | Path) -> None:
     try:
         with open(partial, "wb") as file:
             written = _FileWithError(file)
-            torch.save(content, written)
+            torch.save(content, written)  # type: ignore[arg-type]  # it needs write and flush only
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

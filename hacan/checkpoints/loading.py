@@ -76,7 +76,7 @@ def open_checkpoint(
         settings = model_settings(description["settings"])
     elif is_release(state):
         kind = "release"
-        names = {key: name_of_release(name) for key, name in names.items()}
+        names = {key: name_of_release(name) or "" for key, name in names.items()}
         state = {name: tensors[key] for key, name in names.items() if name}
         stored = _stored_config(content)
         settings = release_settings(state, given=settings, written=stored)
@@ -102,7 +102,7 @@ def open_checkpoint(
         model=model.eval(),
         kind=kind,
         settings=settings,
-        description=dict(description) if kind == "hacan" else None,
+        description=dict(description) if isinstance(description, Mapping) else None,
         mapped={key: name for key, name in names.items() if name in own},
         ignored=[key for key, name in names.items() if name not in own],
     )

@@ -238,7 +238,7 @@ def _write_folder(
 def _write_files(
     pretrained: Pretrained, folder: Path, *, source: str, metrics: dict[str, Any] | None, onnx: bool
 ) -> list[str]:
-    model, description = pretrained.model, pretrained.description
+    model, description = pretrained.model, pretrained.description or {}
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod((folder.stat().st_mode & 0o777) & 0o666)  # save_file ignores the umask

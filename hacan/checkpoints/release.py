@@ -59,7 +59,7 @@ def release_settings(
     """
     prefix = "image_encoder.backbone."
     sizes = convnext_sizes({key.removeprefix(prefix): value for key, value in state.items()})
-    rest = dict(RELEASE_DEFAULTS)
+    rest: dict[str, Any] = dict(RELEASE_DEFAULTS)
     scoring = {"alignment", *(key for form in FORMS.values() for key in hyperparameters_of(form))}
     for field in dataclasses.fields(ModelSettings):
         if given is not None and field.name in rest.keys() | scoring:

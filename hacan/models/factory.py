@@ -80,5 +80,6 @@ def model_settings(flat: dict[str, Any]) -> ModelSettings:
     missing = [field.name for field in fields if field.name not in flat and field.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"the stored settings lack {', '.join(missing)}: written by another version")
-    stored = {field.name: flat[field.name] for field in fields if field.name in flat}
-    return ModelSettings(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    stored: dict[str, Any] = {field.name: flat[field.name] for field in fields if field.name in flat}
+    values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in stored.items()}
+    return ModelSettings(**values)

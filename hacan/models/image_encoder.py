@@ -53,7 +53,7 @@ class ImageEncoder(nn.Module):
     they end in BatchNorm) has the mean as it is. METHOD section 1.
     """
 
-    def __init__(self, *, backbone: nn.Module, levels: tuple[int, int], name: str = "") -> None:
+    def __init__(self, *, backbone: Any, levels: tuple[int, ...], name: str = "") -> None:
         """`backbone`: a fresh timm model, which is changed in place; `name`: what error messages call it."""
         super().__init__()
         self.name = name or type(backbone).__name__
@@ -68,7 +68,7 @@ class ImageEncoder(nn.Module):
         backbone.prune_intermediate_layers(list(self.levels), prune_norm=True, prune_head=True)
         self.backbone = backbone
 
-    def _positions(self, levels: tuple[int, int], count: int) -> tuple[int, int]:
+    def _positions(self, levels: tuple[int, ...], count: int) -> tuple[int, int]:
         """The two levels counted from 0."""
         mid, high = (level + count if level < 0 else level for level in levels)
         if not 0 <= mid < high < count:
@@ -106,7 +106,7 @@ class ImageEncoder(nn.Module):
 def _final_norm(backbone: nn.Module, *, width: int) -> nn.Module | None:
     """The backbone's own final LayerNorm (or RMSNorm) of that width, or None where it has none."""
     for path in FINAL_NORMS:
-        module = backbone
+        module: Any = backbone
         for part in path.split("."):
             module = getattr(module, part, None)
         if isinstance(module, (nn.LayerNorm, RmsNorm, RmsNorm2d)) and tuple(module.normalized_shape) == (width,):
@@ -186,7 +186,8 @@ def name_of_convnext(key: str) -> str:
 
 def convnext_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Depths and widths of a ConvNeXt from its tensors in timm's naming, as timm's arguments."""
-    depths, dims = [], []
+    depths: list[int] = []
+    dims: list[int] = []
     while (block := f"stages.{len(depths)}.blocks.0.conv_dw.weight") in state:
         pattern = re.compile(rf"stages\.{len(depths)}\.blocks\.(\d+)\.")
         depths.append(1 + max(int(match[1]) for key in state if (match := pattern.match(key))))

@@ -36,7 +36,7 @@ class TextEncoder(nn.Module):
     last state of its first token ([CLS]). METHOD section 1.
     """
 
-    def __init__(self, *, backbone: nn.Module, levels: tuple[int, int], name: str = "") -> None:
+    def __init__(self, *, backbone: Any, levels: tuple[int, ...], name: str = "") -> None:
         """`backbone`: what `AutoModel` gives; `name`: what error messages call it."""
         super().__init__()
         self.name = name or type(backbone).__name__
@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
         self.max_tokens = _max_tokens(backbone)
         self.backbone = backbone
 
-    def _positions(self, levels: tuple[int, int], count: int) -> tuple[int, int]:
+    def _positions(self, levels: tuple[int, ...], count: int) -> tuple[int, int]:
         """The two levels counted from 0."""
         mid, high = (level + count if level < 0 else level for level in levels)
         if not (0 <= mid < count and 0 <= high < count):
@@ -259,12 +259,13 @@ def name_of_bert(key: str) -> str:
 def bert_sizes(state: Mapping[str, Tensor], *, source: str | Path) -> dict[str, Any]:
     """The sizes of a BERT from its tensors, as fields of its config; heads are 64 wide, as in every published BERT."""
     layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.layer\.(\d+)\.", key))}
-    tables = {name: state.get(f"embeddings.{name}_embeddings.weight") for name in ("word", "position", "token_type")}
-    if not layers or any(table is None for table in tables.values()):
+    names = {name: f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")}
+    if not layers or any(key not in state for key in names.values()):
         raise UserError(
             f"{source} has no config.json beside it, and its keys are not those of a BERT "
             f"(embeddings.word_embeddings.weight, encoder.layer.0...): they are {', '.join(list(state)[:3])}, ..."
         )
+    tables = {name: state[key] for name, key in names.items()}
     width = tables["word"].shape[1]
     return {
         "model_type": "bert",

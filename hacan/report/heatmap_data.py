@@ -19,7 +19,7 @@ LARGE_QUALITY = 92  # JPEG quality of images that are shown large
 
 def pairs_to_explain(queries: Sequence[Query]) -> list[Pair]:
     """Return the pairs of each query with its first item and its best correct item."""
-    pairs = {}
+    pairs: dict[Pair, None] = {}
     for query in queries:
         for item in (query.best_correct, query.items[0]):
             pairs[pair_of(query, item.index)] = None

@@ -15,7 +15,7 @@ KINDS = ("best", "worst", "random")
 class Item(NamedTuple):
     """An item of the gallery in the ranking of a query."""
 
-    index: int  # of the text (image to text) or of the image (text to image), in the split
+    index: int  # type: ignore[assignment]  # hides tuple.index; of the text (i2t) or the image (t2i) in the split
     place: int | None  # in the ranking, from 1; None: not in the shortlist
     correct: bool
 
@@ -25,7 +25,7 @@ class Query(NamedTuple):
 
     direction: str  # i2t or t2i
     kind: str  # best, worst or random
-    index: int  # of the image (image to text) or of the text, in the split
+    index: int  # type: ignore[assignment]  # hides tuple.index; of the image (i2t) or the text (t2i) in the split
     rank: float  # of the best correct item, from 1; inf: missed, no correct item in the shortlist
     items: list[Item]  # best first
     best_correct: Item  # also if it is not among `items`

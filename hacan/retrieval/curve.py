@@ -83,7 +83,8 @@ def trade_off(scores: GalleryScores, *, meter: StageMeter, progress: bool = True
                 check_scores(name, stage(slice(first, min(first + COARSE_IMAGES, images))))
         times.append(time.perf_counter() - start)
     with meter.stage("curve rank"):
-        values, coarse_rsum = recalls_by_k(*(s(slice(0, images)) for s in cached), image_of_text, progress=progress)
+        matrices = [stage(slice(0, images)) for stage in cached]
+        values, coarse_rsum = recalls_by_k(matrices[0], matrices[1], image_of_text, progress=progress)
     seconds, peaks = {}, {}
     lengths = _some_lengths(max(images, texts))
     for k in tqdm(lengths, desc="seconds and memory of some K", unit="K", delay=2, disable=not progress):

@@ -6,10 +6,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hacan.errors import UserError
-from hacan.models.hacan import describe_non_finite
+from hacan.models.hacan import HACAN, describe_non_finite
 from hacan.retrieval.provenance import hash_of_tensors
 from hacan.types import EncodedImages, EncodedTexts, Gallery, PackedTexts
 
@@ -37,7 +37,7 @@ class Scorer(NamedTuple):
 
 
 def build_scorer(
-    model: nn.Module,
+    model: HACAN,
     *,
     name: str,
     device: torch.device,

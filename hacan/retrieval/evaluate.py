@@ -118,7 +118,7 @@ def select_images(gallery: Gallery, rows: slice) -> Gallery:
     lengths = texts.offsets[chosen + 1] - texts.offsets[chosen]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     if len(chosen) and int(chosen[-1] - chosen[0]) == len(chosen) - 1:  # consecutive captions: a view, no copy
-        tokens = slice(int(texts.offsets[chosen[0]]), int(texts.offsets[chosen[-1] + 1]))
+        tokens: slice | Tensor = slice(int(texts.offsets[chosen[0]]), int(texts.offsets[chosen[-1] + 1]))
     else:
         tokens = torch.arange(int(offsets[-1])) + (texts.offsets[chosen] - offsets[:-1]).repeat_interleave(lengths)
     return Gallery(

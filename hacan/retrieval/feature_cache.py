@@ -148,7 +148,7 @@ class _Encoder:
         self.memory_left = storage.memory * MIB
         self.key_hash = content_hash(key)
         # Without a cache the arrays are mapped to temporary files, whose mappings outlive their names.
-        self.scratch = tempfile.TemporaryDirectory(prefix="hacan-features-") if storage.folder is None else None
+        self.scratch = tempfile.TemporaryDirectory(prefix="hacan-features-")
         self.entry = (storage.folder or Path(self.scratch.name)) / self.key_hash[:24]
         mark_used(self.entry)
         write_atomically(self.entry / "key.json", json.dumps(key, indent=1))
@@ -274,7 +274,7 @@ class _Arrays:
         checksum = zlib.crc32(self.seed.encode())
         for name, array in self.arrays.items():
             values = array[self._places(name, rows)].contiguous().numpy()
-            checksum = zlib.crc32(values.reshape(-1).view(np.uint8), checksum)
+            checksum = zlib.crc32(values.reshape(-1).view(np.uint8).data, checksum)
         return f"{checksum:08x}"
 
     def load(self, *, memory: int) -> Features:

@@ -91,16 +91,10 @@ def release_ranks(ranks: Tensor) -> Tensor:
 
 def retrieval_metrics(ranks_i2t: Tensor, ranks_t2i: Tensor) -> RetrievalMetrics:
     """All metrics of one ranking, from the ranks of both directions ([N] and [M], from 0, inf for a miss)."""
-    return RetrievalMetrics(
-        *(recall_at(ranks, k) for ranks in (ranks_i2t, ranks_t2i) for k in RECALLS),
-        rsum=rsum(ranks_i2t, ranks_t2i),
-        median_i2t=median_rank(ranks_i2t),
-        median_t2i=median_rank(ranks_t2i),
-        mean_i2t=mean_rank(ranks_i2t),
-        mean_t2i=mean_rank(ranks_t2i),
-        missed_i2t=missed(ranks_i2t),
-        missed_t2i=missed(ranks_t2i),
-    )
+    both = (ranks_i2t, ranks_t2i)
+    recalls = [recall_at(ranks, k) for ranks in both for k in RECALLS]
+    others = [kind(ranks) for kind in (median_rank, mean_rank, missed) for ranks in both]
+    return RetrievalMetrics._make([*recalls, rsum(ranks_i2t, ranks_t2i), *others])
 
 
 def mean_of_metrics(folds: list[RetrievalMetrics]) -> RetrievalMetrics:

@@ -95,7 +95,8 @@ def coarse_ranks(
     scores that are kept, such as SpooledScores, where they are dear.
     """
     texts = torch.arange(len(image_of_text))
-    ranks_i2t, own = [], None
+    ranks_i2t: list[Tensor] = []
+    own: Tensor | None = None
     bar = tqdm(total=2 * images, desc="coarse ranks", unit="image", delay=2, disable=not progress)
     for rows in _blocks(images, COARSE_IMAGES):
         scores = _wide(coarse(rows))
@@ -105,6 +106,7 @@ def coarse_ranks(
         mine = texts[(image_of_text >= rows.start) & (image_of_text < rows.stop)]
         own[mine] = scores[image_of_text[mine] - rows.start, mine]
         bar.update(len(block))
+    assert own is not None
     ranks_t2i = torch.zeros(len(texts), dtype=torch.float64)
     for rows in _blocks(images, COARSE_IMAGES):
         wrong = torch.arange(rows.start, rows.stop)[:, None] != image_of_text

@@ -72,7 +72,7 @@ class Evaluation(NamedTuple):
     def save(self, folder: Path) -> None:
         """Write metrics.json, ranks.npz (the rank of every query) and, if there is a curve, curve.csv and curve.png."""
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for stage, folds in (("coarse", self.coarse_ranks), ("hierarchical", self.ranks)):
             for fold, (i2t, t2i) in enumerate(folds):
                 arrays[f"{stage}_i2t_{fold}"], arrays[f"{stage}_t2i_{fold}"] = i2t.numpy(), t2i.numpy()

@@ -135,7 +135,7 @@ def load_result(path: Path) -> SavedResult:
             folds = range(sum(name.startswith("coarse_i2t_") for name in arrays))
             ranks = {
                 stage: [
-                    tuple(torch.from_numpy(arrays[f"{stage}_{direction}_{fold}"]) for direction in ("i2t", "t2i"))
+                    (torch.from_numpy(arrays[f"{stage}_i2t_{fold}"]), torch.from_numpy(arrays[f"{stage}_t2i_{fold}"]))
                     for fold in folds
                 ]
                 for stage in STAGES

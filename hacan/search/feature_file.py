@@ -34,7 +34,7 @@ class FeatureFile:
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 for row, value in zip(rows, half, strict=True):
-                    content = memoryview(np.ascontiguousarray(value)).cast("B")
+                    content = memoryview(np.ascontiguousarray(value).data).cast("B")
                     at = row * self._row_bytes
                     while content:  # a full disk shortens a write; the next one raises
                         written = os.pwrite(file.fileno(), content, at)
@@ -56,4 +56,8 @@ class FeatureFile:
             raise UserError(
                 f"{self.path} ends at row {held}, expected row {max(rows)}: the index is damaged; build it again"
             )
-        return np.stack([self._map[row] for row in rows]) if len(rows) else np.empty((0, *self.shape), np.float16)
+        return (
+            np.stack([self._map[row] for row in rows])
+            if len(rows) and self._map is not None
+            else np.empty((0, *self.shape), np.float16)
+        )

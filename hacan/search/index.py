@@ -220,7 +220,9 @@ class Index:
             lengths = torch.tensor([hit.payload["tokens"] for hit in hits], device=device)
             mask = torch.arange(high.shape[1], device=device) < lengths[:, None]
             texts = pack_texts(EncodedTexts(high, mid, mask, pooled))
+            assert isinstance(query, EncodedImages)
             return self.pretrained.model.alignment.pairs(query, texts, torch.stack([one, each], 1)).cpu()
+        assert isinstance(query, EncodedTexts)
         images = EncodedImages(high, mid, pooled)
         return self.pretrained.model.alignment.pairs(images, pack_texts(query), torch.stack([each, one], 1)).cpu()
 

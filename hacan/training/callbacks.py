@@ -174,7 +174,8 @@ class LogShortEpochs(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lower the interval to the number of steps of an epoch."""
         steps = max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-        trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)
+        interval = min(getattr(trainer, "log_every_n_steps"), steps)  # noqa: B009  # set by a connector
+        setattr(trainer, "log_every_n_steps", interval)  # noqa: B010
 
 
 def _replace_by_copy(source: Path, target: Path) -> None:

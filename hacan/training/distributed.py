@@ -5,6 +5,8 @@ every process computes the loss of the whole [P*B, P*B] matrix. The backward pas
 processes and DDP averages them, so that each parameter gets the gradient of one process with P*B pairs.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ class _Gather(torch.autograd.Function):
     """Forward: [B, ...] of each process -> [P*B, ...] by rank. Backward: own rows of the summed gradients."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         """Gather the same number of rows from every process."""
         ctx.count = len(rows)
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
@@ -25,7 +27,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Sum the gradients of all processes and return those of this process's rows."""
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)

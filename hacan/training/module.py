@@ -100,7 +100,7 @@ class TrainingModule(pl.LightningModule):
         images, texts = self._encode(batch)
         gathered = distributed and self.train_settings.gather_negatives
         if not (sum(counts) if gathered else count):
-            return sum(values[:0].sum() for values in (*images, texts.high, texts.mid, texts.pooled))
+            return torch.cat([values[:0].flatten() for values in (*images, texts.high, texts.mid, texts.pooled)]).sum()
         with torch.autocast(self.device.type, enabled=False):
             total, terms = self.batch_loss(images, texts, batch.image_ids, counts=counts if gathered else None)
         if not math.isfinite(terms["total"]):

@@ -14,7 +14,15 @@ from hacan.training.callbacks import LAST
 log = logging.getLogger(__name__)
 
 # Settings that a resumed run may change without a warning.
-MAY_CHANGE = ("exp_name", "log_dir", "save_path", "checkpoint", "trust_checkpoint", "resume_from", "test_only")
+MAY_CHANGE: tuple[str, ...] = (
+    "exp_name",
+    "log_dir",
+    "save_path",
+    "checkpoint",
+    "trust_checkpoint",
+    "resume_from",
+    "test_only",
+)
 MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
 MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "feature_disk", "bootstrap", "curve")
 MAY_CHANGE += ("judged_matches",)

@@ -32,7 +32,7 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
         devices=train.num_gpus,
         num_nodes=train.num_nodes,
         strategy=strategy if processes > 1 else "auto",
-        precision=effective_precision(train, on_gpu=on_gpu),
+        precision=effective_precision(train, on_gpu=on_gpu),  # type: ignore[arg-type]  # a str, not Literal
         max_epochs=train.max_epoch,
         accumulate_grad_batches=data.batch_size // min(data.per_gpu_batchsize * processes, data.batch_size),
         use_distributed_sampler=False,  # TrainingOrder shards each batch and restores its position
