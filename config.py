@@ -1,7 +1,7 @@
 """The Sacred experiment: defaults (the Flickr30K preset), and the named configs.
 
-What a key may hold stands in `hacan/settings.py`; METHOD section numbers say where a constant comes from. Named configs
-are Sacred's: `python run.py with coco_config data_root=/data`.
+Allowed values are defined in `hacan/settings.py`; METHOD section numbers give the source of a constant. Named configs
+are used as `python run.py with coco_config data_root=/data`.
 """
 
 from inspect import Parameter, Signature
@@ -11,11 +11,11 @@ from sacred import SETTINGS, Experiment
 from hacan.public_config import DATASET_OF_EXPERIMENT, PUBLIC_KEYS
 from hacan.sacred_setup import git_commit_is_readable, read_plain_configs
 
-# Sacred's own capture of standard output breaks progress bars: it records every redraw as a line.
+# Sacred's capture of standard output would record every redraw of a progress bar.
 SETTINGS.CAPTURE_MODE = "no"
 SETTINGS.CONFIG.READ_ONLY_CONFIG = False
 
-# The named configs below have comments, not docstrings: Sacred would make each docstring a config entry.
+# The named configs have comments instead of docstrings, because Sacred makes a docstring a config entry.
 read_plain_configs()
 ex = Experiment("HACAN", save_git_info=git_commit_is_readable(__file__))
 
@@ -143,7 +143,7 @@ def demo_config() -> None:
 
     image_encoder = "convnext_atto"
     image_weights = "random"
-    # No layer scale: from its usual start of 1e-6 every block is an identity, and a short training leaves it so.
+    # Without layer scale: its initial value of 1e-6 makes every block an identity in a short training.
     image_encoder_args = "depths=[1, 1, 2, 1], dims=[32, 64, 96, 128], ls_init_value=None"
     text_encoder = "bert"
     text_weights = "random"
@@ -154,8 +154,8 @@ def demo_config() -> None:
     text_levels = [-2, -1]
     embed_dim = 128
 
-    # From scratch the hardest negatives teach nothing at first, and the hinges leave the global branch near chance: all
-    # negatives and InfoNCE first, with a weight that keeps it heard beside the triplet loss's sum.
+    # From scratch, hardest negatives and hinges do not train at first: start with all negatives and InfoNCE, with a
+    # weight that balances the sum of the triplet loss.
     max_epoch = 6
     learning_rate = 1e-3
     lr_decay_every = 4

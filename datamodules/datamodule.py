@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.evaluation_data import EvaluationImages, EvaluationSplit, EvaluationTexts
 from datamodules.framing import PHOTOS, Framing
+from datamodules.readers import framing_of, read_records
 from datamodules.records import CaptionedImage, of_split
 from datamodules.sampling import TrainingOrder
 from datamodules.tokens import TokenTable, tokenise
@@ -151,3 +152,22 @@ class PairDataModule(pl.LightningDataModule):
             tokens = tokenise(split.captions, self._tokenizer, max_text_len=self._max_text_len, progress=self._progress)
             self._splits[name] = (split, tokens)
         return self._splits[name]
+
+
+def build_data(settings: Any, tokenizer: PreTrainedTokenizerBase) -> PairDataModule:
+    """Return the data module of a run's `hacan.settings.Settings`."""
+    data = settings.data
+    return PairDataModule(
+        records=read_records(
+            data.datasets, data.data_root, use_restval=data.use_restval, scenes_pictures=data.scenes_pictures
+        ),
+        tokenizer=tokenizer,
+        image_size=data.image_size,
+        max_text_len=data.max_text_len,
+        batch_size=data.batch_size,
+        per_gpu_batchsize=data.per_gpu_batchsize,
+        num_workers=data.num_workers,
+        seed=settings.run.seed,
+        on_bad_image=data.on_bad_image,
+        framing=framing_of(data.datasets),
+    )

@@ -1,4 +1,4 @@
-"""How this program uses Sacred: configs are plain data, and the git commit is an optional part of the record."""
+"""How this program uses Sacred: plain configs, an optional git commit, and a record that survives a full disk."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ import sacred.arg_parser
 import yaml
 from sacred.config import config_files
 from sacred.dependencies import get_commit_if_possible
+from sacred.observers import FileStorageObserver
 
 from hacan.errors import UserError, one_line_errors
 
@@ -89,3 +90,42 @@ def git_commit_is_readable(file: str | Path) -> bool:
         log.warning("the run's record has no git commit: %s", reason[:200])
         return False
     return True
+
+
+class RunRecord(FileStorageObserver):
+    """Sacred's record of a run: config.json and run.json in the run's folder.
+
+    A run does not start if its record cannot be written. Later a full disk is a warning.
+    """
+
+    _started, _warned = False, False
+
+    def started_event(self, *arguments: Any, **options: Any) -> str:
+        """Start the record, or end the program with one line."""
+        with one_line_errors():
+            name = super().started_event(*arguments, **options)
+        self._started = True
+        return name
+
+    def failed_event(self, *arguments: Any, **options: Any) -> None:
+        """Record the failure, if the record was started."""
+        if self._started:
+            super().failed_event(*arguments, **options)
+
+    def save_json(self, obj: Any, filename: str) -> None:
+        """Write a file of the record atomically."""
+        path = Path(str(self.dir)) / filename
+        partial = path.with_name(f".{filename}.partial")
+        try:
+            super().save_json(obj, partial.name)
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            if not self._started:
+                raise
+            if not self._warned:
+                log.warning("the run's record, %s, stays as it was: %s", path, error.strerror)
+            self._warned = True
+
+    def log_metrics(self, metrics_by_name: dict[str, Any], info: dict[str, Any]) -> None:
+        """Do nothing: Sacred would write metrics.json, which is the evaluation's; scalars are in the CSV log."""

@@ -1,14 +1,13 @@
-"""The flat config as frozen, validated settings: the only form in which it travels below `run.py`.
+"""Validated, frozen settings of a flat config.
 
-Defaults live in `config.py`; here stands what a key may hold. A wrong type, range or choice raises `UserError` with one
-line that names the key, the value and what was expected, before anything is loaded. Standard library only.
+Defaults are in `config.py`, allowed values here. A wrong type, range or choice raises `UserError` with one line: the
+key, the value and what was expected. Standard library only.
 """
 
 import ast
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ def _key(
     above: bool = False,
     before: Any = dataclasses.MISSING,
 ) -> Any:
-    """A field with what it may hold: one of `choices`, or a number in [low, high] (`above`: low itself excluded).
+    """Return a field with its rules: one of `choices`, or a number in [low, high], or in (low, high] with `above`.
 
-    `before`: for a key added later, the value that holds for checkpoints written before it existed.
+    before: of a key that was added later, the value for checkpoints that do not have it.
     """
     rule = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
     return dataclasses.field(default=before, metadata=rule)
@@ -41,43 +40,43 @@ def _key(
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What this run is, and where it is kept."""
+    """the run and its folders"""
 
-    exp_name: str = _key("name of the run's folder under log_dir")
+    exp_name: str = _key("name of the run's folder below log_dir")
     seed: int = _key("seed of weights, data order and augmentation", low=0, high=2**32 - 1)
     log_dir: str = _key("folder of all runs: Sacred's records, logs, metrics")
     save_path: str = _key("folder of the checkpoints; empty: the run's own folder")
     test_only: bool = _key("evaluate `checkpoint` and train nothing")
-    checkpoint: tuple[str, ...] = _key("weights to start from, or to evaluate; several: an ensemble")
-    trust_checkpoint: bool = _key("read checkpoints that are pickles of more than tensors; they can run code")
-    resume_from: str = _key("checkpoint of an interrupted run, or `last`: go on where it stopped")
-    fast_dev_run: bool = _key("two batches of everything, to see that it runs")
+    checkpoint: tuple[str, ...] = _key("weights to start from or to evaluate; several are an ensemble")
+    trust_checkpoint: bool = _key("read checkpoints that are pickles of more than tensors, which can run code")
+    resume_from: str = _key("checkpoint of an interrupted run to continue, or `last`")
+    fast_dev_run: bool = _key("train and validate on two batches, as a test of the set-up")
     report: bool = _key("write report.html beside metrics.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Pictures, captions, and how they are cut into batches."""
+    """images, captions and batches"""
 
     data_root: str = _key("folder that holds the data set's folder")
-    datasets: str = _key("which data set", choices=DATASETS)
+    datasets: str = _key("data set", choices=DATASETS)
     use_restval: bool = _key("COCO: train on the restval images too")
     eval_split: str = _key("split that is evaluated at the end", choices=("train", "val", "test"))
-    image_size: int = _key("side of the square fed to the image encoder, in pixels", low=32, high=2048)
-    max_text_len: int = _key("tokens of a caption at most, [CLS] and [SEP] included", low=3, high=512)
+    image_size: int = _key("side of the image encoder's square input, in pixels", low=32, high=2048)
+    max_text_len: int = _key("largest number of tokens per caption, including [CLS] and [SEP]", low=3, high=512)
     tokenizer: str = _key("hub name, folder or vocab.txt; `scenes`: the vocabulary of the embedded demo")
-    batch_size: int = _key("pairs per optimiser step, all processes together", low=1)
+    batch_size: int = _key("pairs per optimiser step, over all processes", low=1)
     per_gpu_batchsize: int = _key(
-        "pairs per forward pass of one process at most; gradients accumulate up to batch_size", low=1
+        "largest number of pairs per forward pass of a process; gradients accumulate up to batch_size", low=1
     )
-    num_workers: int = _key("processes that decode pictures; 0: the training process itself", low=0, high=1024)
-    on_bad_image: str = _key("what an unreadable picture does in training", choices=("error", "skip"))
-    scenes_pictures: tuple[int, ...] = _key("embedded demo: pictures drawn for train, val and test")
+    num_workers: int = _key("processes that decode images; 0: the training process", low=0, high=1024)
+    on_bad_image: str = _key("unreadable image in training", choices=("error", "skip"))
+    scenes_pictures: tuple[int, ...] = _key("embedded demo: number of images drawn for train, val and test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Encoders, projections and the fine alignment."""
+    """encoders, projections and the fine alignment"""
 
     image_encoder: str = _key("name of a timm backbone with two feature levels")
     image_weights: str = _key("`pretrained` (from timm's hub), `random`, or the path of a weights file")
@@ -90,66 +89,66 @@ class ModelSettings:
     embed_dim: int = _key("joint width d of regions, tokens and global embeddings", low=1)
     activation: str = _key("activation of the aggregators", choices=("leaky_relu", "tanh", "none"))
     alignment: str = _key("form of the fine similarity: hybrid, revised, or one registered in hacan/alignment")
-    direction: str = _key("what queries what", choices=("i2t", "t2i", "both"))
+    direction: str = _key("which side is the query", choices=("i2t", "t2i", "both"))
     lambda_softmax: float = _key("inverse temperature of the hybrid attention", low=0, above=True)
     focal_type: str = _key("rule of the hybrid Key Semantic Filter", choices=("prob", "equal"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Losses, their weights and their schedule."""
+    """losses, their weights and schedule"""
 
     loss: str = _key("loss on the global embeddings", choices=LOSSES)
     margin: float = _key("margin of every hinge", low=0)
     triplet_reduction: str = _key("triplet loss over the batch", choices=("sum", "mean"))
-    global_loss_weight: float = _key("weight of the global loss beside the triplet loss", low=0)
+    global_loss_weight: float = _key("weight of the global loss; the triplet loss has weight 1", low=0)
     infonce_temperature: float = _key("temperature of InfoNCE", low=0, above=True)
-    warmup_epochs: int = _key("first epochs in which warmup_loss stands in for `loss`", low=0)
+    warmup_epochs: int = _key("first epochs, which use warmup_loss instead of loss", low=0)
     warmup_loss: str = _key("global loss of the warm-up epochs", choices=LOSSES)
     all_negatives_epochs: int = _key(
-        "first epochs in which the triplet loss takes all negatives, not the hardest", low=0
+        "first epochs in which the triplet loss uses all negatives instead of the hardest", low=0
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Optimiser, schedule and devices."""
+    """optimiser, schedule and devices"""
 
-    max_epoch: int = _key("epochs in all", low=1)
+    max_epoch: int = _key("number of epochs", low=1)
     learning_rate: float = _key("Adam's learning rate", low=0, above=True)
     lr_decay_every: int = _key("epochs between two decays of the learning rate", low=1)
     lr_decay: float = _key("factor of each decay", low=0, high=1, above=True)
-    freeze_backbone_epochs: int = _key("first epochs in which both backbones stay as they are", low=0)
+    freeze_backbone_epochs: int = _key("first epochs in which both backbones are frozen", low=0)
     precision: str = _key("arithmetic of the encoders", choices=PRECISIONS)
     num_gpus: int = _key("devices per node (on a machine without GPUs: processes)", low=1)
     num_nodes: int = _key("machines", low=1)
-    gather_negatives: bool = _key("several processes: negatives from the batches of all of them")
+    gather_negatives: bool = _key("with several processes, take negatives from the batches of all")
     deterministic: bool = _key("only deterministic kernels, on a GPU too (slower)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Retrieval and its protocol."""
+    """retrieval and its protocol"""
 
     inference_topk: int = _key("length K of the shortlist that the fine stage re-ranks", low=1)
     coarse: str = _key("score of the coarse stage", choices=("global", "release"))
     fold5: bool = _key("COCO 1K: the mean over five folds of the test split, each ranked on its own")
-    score_memory: int = _key("working set of fine scoring, in MiB", low=1)
-    feature_memory: int = _key("features of a split kept in memory, in MiB; larger ones are memory-mapped", low=1)
+    score_memory: int = _key("memory of fine scoring, in MiB", low=1)
+    feature_memory: int = _key("memory for the features of a split, in MiB; the rest is memory-mapped", low=1)
     feature_disk: int = _key(
-        "MiB of encoded features kept on disk for later evaluations; those of the present one are kept in any case",
+        "disk space of cached features, in MiB; those of the current evaluation are always kept",
         low=0,
     )
-    bootstrap: int = _key("resamples behind the 95% intervals; 0: no intervals", low=0)
-    curve: bool = _key("also write recalls, time and memory over K")
+    bootstrap: int = _key("bootstrap resamples of the 95% intervals; 0: no intervals", low=0)
+    curve: bool = _key("also write metrics, time and memory over K")
     judged_matches: str = _key(
-        "COCO test: ECCV Caption and CxC; path of captions_val2014.json, auto: data_root's where it is, off"
+        "COCO test: ECCV Caption and CxC. Path of captions_val2014.json; auto: search data_root; off"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of a run, by the part that reads them."""
+    """All settings of a run, in groups."""
 
     run: RunSettings
     data: DataSettings
@@ -160,7 +159,7 @@ class Settings:
 
     @classmethod
     def from_flat(cls, config: Mapping[str, Any]) -> "Settings":
-        """Settings of a flat config. Unknown or missing keys, wrong types, ranges and choices raise `UserError`."""
+        """Return the settings of a flat config; raise `UserError` for unknown or missing keys and invalid values."""
         config = translate(config)
         parts: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         known = {field.name: part for part, kind in parts.items() for field in dataclasses.fields(kind)}
@@ -182,12 +181,12 @@ class Settings:
         return settings
 
     def to_flat(self) -> dict[str, Any]:
-        """The flat config again, of plain values: `Settings.from_flat(s.to_flat()) == s`."""
+        """Return the flat config as plain values: `Settings.from_flat(s.to_flat()) == s`."""
         return {key: value for part in dataclasses.asdict(self).values() for key, value in part.items()}
 
 
 def _checked(key: str, value: Any, kind: Any, rule: Mapping[str, Any]) -> Any:
-    """`value` as `kind`, or a UserError in one line."""
+    """Return `value` as `kind`; raise `UserError` if it breaks the rule."""
     value = _plain(key, value)
     if typing.get_origin(kind) is tuple:
         member = typing.get_args(kind)[0]
@@ -204,25 +203,25 @@ def _checked(key: str, value: Any, kind: Any, rule: Mapping[str, Any]) -> Any:
     if kind in (int, float):
         too_low = value <= rule["low"] if rule["above"] else value < rule["low"]
         if too_low or value > rule["high"] or not math.isfinite(value):
-            raise UserError(f"{key}={value!r}: expected a number {_range(rule)}")
+            raise UserError(f"{key}={value!r}: expected {_range(rule)}")
     return value
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Plain Python values from what people type and from Sacred's own list and dict classes."""
+    """Return plain Python values of what people type and of Sacred's list and dict classes."""
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, Mapping):
         return {name: _plain(key, item) for name, item in value.items()}
     if key in ("image_encoder_args", "text_encoder_args") and isinstance(value, str):
         return _keywords(key, value)
-    if key == "datasets" and isinstance(value, tuple):  # people of this field type datasets=["f30k"]
+    if key == "datasets" and isinstance(value, tuple):  # common in this field: datasets=["f30k"]
         if len(value) != 1:
             raise UserError(
-                f"datasets={list(value)!r}: expected one data set; train on several by merging their captions"
+                f"datasets={list(value)!r}: expected one data set; to train on several, merge their captions"
             )
         return value[0]
-    if key == "checkpoint" and isinstance(value, str):  # Sacred leaves "[a.ckpt, b.ckpt]" a string: no quotes inside
+    if key == "checkpoint" and isinstance(value, str):  # without quotes inside, Sacred passes the list as a string
         inner = value.strip()
         if inner.startswith("[") and inner.endswith("]"):
             return tuple(path.strip().strip("'\"") for path in inner[1:-1].split(",") if path.strip())
@@ -233,7 +232,7 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _keywords(key: str, text: str) -> dict[str, Any]:
-    """Arguments as in a call, "depths=[1, 2]": text, because Sacred rejects keys that a named config adds to a dict."""
+    """Return the arguments of a text such as "depths=[1, 2]"; Sacred rejects new keys in a dict of a named config."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
@@ -246,30 +245,35 @@ def _keywords(key: str, text: str) -> dict[str, Any]:
 
 
 def _is(kind: type, value: Any) -> bool:
-    """Whether `value` is of `kind`; True and False are not numbers."""
+    """Return whether `value` is of `kind`; a bool is not a number."""
     return isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
 
 
 def _range(rule: Mapping[str, Any]) -> str:
-    low = f"above {rule['low']:g}" if rule["above"] else f"from {rule['low']:g}"
-    parts = [
-        low if math.isfinite(rule["low"]) else "",
-        f"up to {rule['high']:g}" if math.isfinite(rule["high"]) else "",
-    ]
-    return " ".join(part for part in parts if part) or "that is finite"
+    """Return the range of a number in interval notation.
+
+    >>> _range({"low": 0, "high": 1, "above": True})
+    'a number in (0, 1]'
+    """
+    low, high = rule["low"], rule["high"]
+    if not math.isfinite(low) and not math.isfinite(high):
+        return "a finite number"
+    opening = "(" if rule["above"] or not math.isfinite(low) else "["
+    closing = "]" if math.isfinite(high) else ")"
+    return f"a number in {opening}{low:g}, {high:g}{closing}"
 
 
 def _check_together(settings: Settings) -> None:
-    """Rules between keys."""
+    """Raise `UserError` if a rule between keys is broken."""
     run, data, model = settings.run, settings.data, settings.model
     processes = settings.train.num_gpus * settings.train.num_nodes
-    together = min(data.per_gpu_batchsize * processes, data.batch_size)  # pairs of one forward pass of all processes
+    together = min(data.per_gpu_batchsize * processes, data.batch_size)  # pairs per forward pass, over all processes
     if data.batch_size % processes:
         raise UserError(
-            f"batch_size={data.batch_size} cannot be shared out evenly among {processes} processes (num_gpus x "
+            f"batch_size={data.batch_size} cannot be divided among {processes} processes (num_gpus x "
             "num_nodes): give a multiple of them"
         )
-    if data.batch_size % together:  # together is a multiple of processes, as both of its sides are
+    if data.batch_size % together:  # `together` is a multiple of `processes`
         raise UserError(
             f"batch_size={data.batch_size} is not a multiple of per_gpu_batchsize={data.per_gpu_batchsize} times "
             f"{processes} process(es) (num_gpus x num_nodes): give a per_gpu_batchsize whose multiple it is, since "
@@ -281,18 +285,34 @@ def _check_together(settings: Settings) -> None:
     if len(data.scenes_pictures) != 3 or min(data.scenes_pictures) < 1:
         raise UserError(f"scenes_pictures={list(data.scenes_pictures)!r}: expected three numbers from 1, one a split")
     if run.test_only and not run.checkpoint:
-        raise UserError("test_only=True needs checkpoint=PATH: the weights that are to be evaluated")
+        raise UserError("test_only=True needs checkpoint=PATH, the weights to evaluate")
     if run.test_only and run.resume_from:
-        raise UserError("resume_from goes on with a training; with test_only=True give checkpoint=PATH instead")
+        raise UserError("resume_from continues a training; with test_only=True give checkpoint=PATH instead")
     if len(run.checkpoint) > 1 and not run.test_only:
-        raise UserError("several checkpoints are an ensemble, which can only be evaluated: add test_only=True")
+        raise UserError("several checkpoints are an ensemble, which cannot be trained: add test_only=True")
     if settings.eval.fold5 and data.datasets != "coco":
-        raise UserError(f"fold5=True is the five-fold 1K protocol of COCO; datasets={data.datasets!r} has none")
+        raise UserError(f"fold5=True is the five-fold 1K protocol of COCO, not of datasets={data.datasets!r}")
     if not data.data_root:
         raise UserError("data_root is empty: give the folder that holds your data set, data_root=PATH")
 
 
-def describe() -> dict[str, types.MappingProxyType]:
-    """Every config key with its rules (doc, choices, low, high), for documents and tests."""
-    parts: Any = (field.type for field in dataclasses.fields(Settings))
-    return {field.name: field.metadata for part in parts for field in dataclasses.fields(part)}
+def describe() -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the rules (doc, choices, low, high, above) of every config key, by group: run, data, model, ..."""
+    groups: Any = {field.name: field.type for field in dataclasses.fields(Settings)}
+    return {name: {field.name: field.metadata for field in dataclasses.fields(group)} for name, group in groups.items()}
+
+
+def format_keys(config: Mapping[str, Any]) -> str:
+    """Return a text with every config key by group: its value in `config`, its meaning, and its choices or range."""
+    lines = []
+    for group, keys in describe().items():
+        lines += ["", f"{group}: {Settings.__annotations__[group].__doc__}"]
+        for key, rule in keys.items():
+            allowed = ", ".join(rule["choices"]) if rule["choices"] else _range(rule) if _is_bounded(rule) else ""
+            lines.append(f"  {key} = {config[key]!r}")
+            lines.append(f"      {rule['doc']}{f' [{allowed}]' if allowed else ''}")
+    return "\n".join(lines[1:])
+
+
+def _is_bounded(rule: Mapping[str, Any]) -> bool:
+    return math.isfinite(rule["low"]) or math.isfinite(rule["high"])

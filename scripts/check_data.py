@@ -1,8 +1,11 @@
-"""Says what a data root holds and what is missing, split by split, before any training.
+"""Check the data sets under a data root before training: which splits are there, and what is missing.
 
-    python scripts/check_data.py DATA_ROOT [--datasets NAME] [--decode]
+Examples:
+  python scripts/check_data.py /data
+  python scripts/check_data.py /data --datasets coco --decode
 
-Exit status: 0 all there, 1 something is missing or bad, 2 the command line is wrong.
+Exit status: 0 complete, 1 something is missing or damaged, 2 wrong command line.
+
 """
 
 import argparse
@@ -15,13 +18,13 @@ from datamodules.inspection import LOOKED_FOR, describe, inspect_data_set, prese
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, inspect, print; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_root", type=Path, help="the folder that holds the data set's folder, as for run.py")
-    parser.add_argument("--datasets", choices=list(LOOKED_FOR), help="only this one (default: all that are found)")
-    parser.add_argument("--decode", action="store_true", help="decode every picture and name those that fail")
-    parser.add_argument("--no-restval", action="store_true", help="COCO: leave the restval images out")
-    parser.add_argument("--all", action="store_true", help="name every missing or bad picture, not the first ten")
+    parser.add_argument("data_root", type=Path, help="folder that contains the data set's folder, as for run.py")
+    parser.add_argument("--datasets", choices=list(LOOKED_FOR), help="check only this one (default: all found)")
+    parser.add_argument("--decode", action="store_true", help="decode every image and list those that fail")
+    parser.add_argument("--no-restval", action="store_true", help="COCO: without the restval images")
+    parser.add_argument("--all", action="store_true", help="list all missing or damaged images (default: ten)")
     options = parser.parse_args(arguments)
     root = options.data_root.expanduser()
     if not root.is_dir():

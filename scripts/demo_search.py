@@ -1,6 +1,9 @@
-"""The end of `make demo`: indexes the demo's test pictures with the newest trained model and asks one question.
+"""Second part of `make demo`: index the demo's test images with the newest trained model and run one query.
 
-python scripts/demo_search.py [--runs result/demo] [--data data/demo]
+Examples:
+  python scripts/demo_search.py
+  python scripts/demo_search.py --runs result/demo --data data/demo
+
 """
 
 import argparse
@@ -15,10 +18,14 @@ from hacan.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, index, search, name the contact sheet; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("result/demo"), help="the runs of the demo")
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="the demo's pictures")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("result/demo"), help="folder of the demo's runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/demo"), help="data root of the demo (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         found = list(options.runs.glob("*/checkpoints/best.ckpt"))
@@ -27,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = max(found, key=lambda path: path.stat().st_mtime)
         home = checkpoint.parents[1] / "search"
         shutil.rmtree(home, ignore_errors=True)  # of an earlier demo search
-        sentence = gather_test_pictures(options.data, home / "pictures")
+        sentence = copy_test_images(options.data, home / "pictures")
 
         from hacan.search import Index
         from hacan.search.results_page import format_table, write_page
@@ -35,12 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         with Index.create(home / "index", model=checkpoint) as index:
             index.update(home / "pictures")
             results = index.search(sentence)
-            print(f'\n"{sentence}" among {index.count()} pictures:\n{format_table(results)}')
-            sheet = home / "found.html"
-            write_page(sheet, results, text=sentence, explain_with=index.pretrained)
+            print(f'\n"{sentence}" among {index.count()} images:\n{format_table(results)}')
+            page = home / "found.html"
+            write_page(page, results, text=sentence, explain_with=index.pretrained)
             print(
-                f"\nContact sheet, with what each word matched: {sheet.resolve()}\n"
-                f'Your turn: {sys.executable} scripts/search.py {index.path} "..." or scripts/serve.py {index.path}'
+                f"\nResults with word heatmaps: {page.resolve()}\n"
+                f'Try: {sys.executable} scripts/search.py {index.path} "..." or scripts/serve.py {index.path}'
             )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -48,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def gather_test_pictures(data: Path, folder: Path) -> str:
-    """Copy the demo's test pictures, which lie among those of training, to a folder; returns a caption of one."""
+def copy_test_images(data: Path, folder: Path) -> str:
+    """Copy the demo's test images to a folder; return a caption of one."""
     source = data / "scenes" / "dataset_scenes.json"
     if not source.is_file():
         raise UserError(f"there is no {source}: train the demo first, run.py with demo_config")

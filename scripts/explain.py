@@ -1,8 +1,11 @@
-"""Draws what a model looked at for each word of a caption: the three streams' heatmaps, laid over the picture.
+"""Draw which regions of an image each word of a caption attends to, for the three streams of the alignment.
 
-    python scripts/explain.py image.jpg "a caption" --checkpoint CKPT_OR_FOLDER [--out out.png]
+Examples:
+  python scripts/explain.py dog.jpg "a dog on a beach" --checkpoint result/hacan/1/checkpoints/best.ckpt
+  python scripts/explain.py dog.jpg "a dog on a beach" --checkpoint EXPORTED_FOLDER --out heatmaps.png
 
-The picture is drawn as the model sees it, resized and cut. Exit status: 0 done, 2 something is to be mended.
+The image is drawn as the model gets it, resized and cropped. Exit status: 0 done, 2 error.
+
 """
 
 import argparse
@@ -11,21 +14,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
-from hacan.report.heatmaps import ALPHA, STREAM_NAMES, explain, save_figure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, draw, name the file; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", type=Path, help="a picture file")
+    parser.add_argument("image", type=Path, help="an image file")
     parser.add_argument("caption", help="a sentence")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of a training, or exported folder")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a checkpoint of a training, or a folder of scripts/export.py"
+        "--out", type=Path, help="PNG file to write (default: IMAGE.heatmaps.png in the current folder)"
     )
-    parser.add_argument("--out", type=Path, help="the PNG to write; without it, IMAGE's name with .heatmaps.png, here")
-    parser.add_argument("--alpha", type=float, default=ALPHA, help="opacity of the heatmap, 0 to 1")
+    parser.add_argument(
+        "--alpha", type=float, default=0.75, help="opacity of the heatmap, 0 to 1 (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     out = options.out or Path(f"{options.image.stem}.heatmaps.png")
     try:
@@ -33,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--alpha {options.alpha:g}: expected a number from 0 to 1")
         if not options.caption.strip():
             raise UserError("the caption is empty: give a sentence")
+        from hacan.checkpoints.pretrained import Pretrained  # imports torch
+        from hacan.report.heatmaps import STREAM_NAMES, explain, save_figure
+
         found = explain(Pretrained.load(options.checkpoint), options.image, options.caption)
         save_figure(found, out, alpha=options.alpha)
     except UserError as error:

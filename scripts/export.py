@@ -1,8 +1,11 @@
-"""Writes a checkpoint as a folder to share: safetensors, config, tokenizer files, a model card with the receipt.
+"""Export a checkpoint as a folder to share: safetensors, config, tokenizer files and a model card with the results.
 
-    python scripts/export.py CKPT OUT_DIR [--onnx] [--trust-checkpoint]
+Examples:
+  python scripts/export.py result/hacan/1/checkpoints/best.ckpt EXPORTED_FOLDER
+  python scripts/export.py best.ckpt EXPORTED_FOLDER --onnx
 
-`hacan.load_pretrained(OUT_DIR)` reads it. Exit status: 0 done, 2 something is to be mended.
+`hacan.load_pretrained(EXPORTED_FOLDER)` loads it. Exit status: 0 done, 2 error.
+
 """
 
 import argparse
@@ -11,19 +14,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.checkpoints.pretrained import export
 from hacan.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, export, name the files; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that a training wrote, such as best.ckpt")
-    parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
-    parser.add_argument("--onnx", action="store_true", help="also write both encoders as ONNX, checked in onnxruntime")
-    parser.add_argument("--trust-checkpoint", action="store_true", help="read a pickle of more than tensors")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a training, such as best.ckpt")
+    parser.add_argument("folder", type=Path, help="folder to write; created if needed")
+    parser.add_argument(
+        "--onnx", action="store_true", help="also write both encoders as ONNX files, verified with onnxruntime"
+    )
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="read a pickle of more than tensors, which can run code"
+    )
     options = parser.parse_args(arguments)
     try:
+        from hacan.checkpoints.pretrained import export  # imports torch
+
         files = export(options.checkpoint, options.folder, onnx=options.onnx, trust=options.trust_checkpoint)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,9 +1,13 @@
-"""Indexes a folder of pictures, so that sentences and pictures can be searched for in it.
+"""Index a folder of images, so that it can be searched by sentences and images.
 
-    python scripts/index.py PICTURES_DIR --model OUT_DIR_OR_CKPT --index INDEX [--captions texts.csv]
+Examples:
+  python scripts/index.py PICTURES_DIR --model EXPORTED_FOLDER --index INDEX
+  python scripts/index.py PICTURES_DIR --index INDEX                          again, after changes
+  python scripts/index.py PICTURES_DIR --index INDEX --captions texts.csv     also texts, which images find
 
-Run it again after changes: known pictures are not encoded again, deleted ones leave; interrupted, it goes on. Exit
-status: 0 done, 2 something is to be mended.
+Known images are not encoded again, deleted ones are removed, and an interrupted run resumes.
+Exit status: 0 done, 2 error.
+
 """
 
 import argparse
@@ -16,15 +20,19 @@ from hacan.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, index, say what was done; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, help="a folder of jpg, png and webp files, at any depth")
-    parser.add_argument("--model", type=Path, help="a folder of scripts/export.py or a training's checkpoint; a new "
-                        "index needs it, a later run takes the same one")  # fmt: skip
-    parser.add_argument("--index", type=Path, required=True, help="the index: a folder, made if it is not there")
-    parser.add_argument("--captions", type=Path, help="a CSV file with a column caption: texts for pictures to find")
-    parser.add_argument("--store", default="", help="of a new index: URL of a Qdrant server or cluster")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("pictures", type=Path, help="folder of jpg, png and webp files, at any depth")
+    parser.add_argument("--model", type=Path, help="exported folder or checkpoint; required for a new index, "
+                        "later runs use the same model")  # fmt: skip
+    parser.add_argument("--index", type=Path, required=True, help="folder of the index; created if needed")
+    parser.add_argument("--captions", type=Path, help="CSV file with a column caption: texts that images find")
+    parser.add_argument(
+        "--store",
+        default="",
+        help="URL of a Qdrant server for the vectors of a new index (default: in the index folder)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         from hacan.search.folder import images_below, texts_of_csv
@@ -55,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -1,9 +1,12 @@
-"""Searches an index by a sentence or by a picture.
+"""Search an index by a sentence or by an image.
 
-    python scripts/search.py INDEX "two dogs run on grass" [--top 10] [--html out.html] [--explain]
-    python scripts/search.py INDEX --image query.jpg [--find pictures]
+Examples:
+  python scripts/search.py INDEX "two dogs run on grass" --top 10
+  python scripts/search.py INDEX "two dogs run on grass" --html found.html --explain
+  python scripts/search.py INDEX --image query.jpg --find pictures
 
-Exit status: 0 done, 2 something is to be mended.
+Exit status: 0 done, 2 error.
+
 """
 
 import argparse
@@ -16,43 +19,53 @@ from hacan.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, search, print the table; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index", type=Path)
+    parser.add_argument("index", type=Path, help="folder of the index")
     parser.add_argument("text", nargs="?", default="", help="a sentence")
-    parser.add_argument("--image", type=Path, help="search by this picture: finds texts, or similar pictures")
-    parser.add_argument("--find", choices=["pictures", "texts"], default="", help="what a picture is to find")
-    parser.add_argument("--top", type=int, default=10)
-    parser.add_argument("--shortlist", type=int, default=50, help="K: how many the fine stage re-ranks")
-    parser.add_argument("--html", type=Path, help="also write a contact sheet: one file, pictures inside")
-    parser.add_argument("--explain", action="store_true", help="heatmaps of the words, in the sheet (search.html if "
-                        "none is named)")  # fmt: skip
-    parser.add_argument("--model", type=Path, help="where the model is now, if it has moved")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--image", type=Path, help="query image: finds texts, or similar images")
+    parser.add_argument(
+        "--find",
+        choices=["pictures", "texts"],
+        default="",
+        help="what an image finds (default: texts if there are any)",
+    )
+    parser.add_argument("--top", type=int, default=10, help="number of results (default: %(default)s)")
+    parser.add_argument(
+        "--shortlist",
+        type=int,
+        default=50,
+        help="number K of items that the fine stage re-ranks (default: %(default)s)",
+    )
+    parser.add_argument("--html", type=Path, help="also write an HTML page with thumbnails")
+    parser.add_argument("--explain", action="store_true", help="add word heatmaps to the page (default file: "
+                        "search.html)")  # fmt: skip
+    parser.add_argument("--model", type=Path, help="location of the model, if it was moved")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         from hacan.search import Index
         from hacan.search.results_page import format_table, write_page
 
-        sheet = options.html or (Path("search.html") if options.explain else None)
+        page = options.html or (Path("search.html") if options.explain else None)
         with Index.open(options.index, model=options.model, device=options.device) as index:
             results = index.search(
                 options.text, image=options.image, find=options.find, top=options.top, shortlist=options.shortlist
             )
             print(format_table(results))
-            if sheet:
+            if page:
                 skipped = write_page(
-                    sheet,
+                    page,
                     results,
                     text=options.text,
                     image=options.image,
                     explain_with=index.pretrained if options.explain else None,
                 )
                 for line in skipped:
-                    print(f"left out: {line}", file=sys.stderr)
-                print(f"contact sheet: {sheet}")
+                    print(f"skipped: {line}", file=sys.stderr)
+                print(f"wrote {page}")
                 if options.explain and all(result.fine is None for result in results):
-                    print("without heatmaps: between two pictures there are no words to map", file=sys.stderr)
+                    print("no heatmaps: two images have no words", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,11 @@
-"""Serves a web page over an index: type a sentence, or drop a picture.
+"""Serve a web page for searching an index.
 
-    python scripts/serve.py INDEX [--host 127.0.0.1] [--port 8000]
+Examples:
+  python scripts/serve.py INDEX
+  python scripts/serve.py INDEX --host 0.0.0.0 --port 8080    reachable from the whole network
 
-Exit status: 0 ended, 2 something is to be mended.
+Exit status: 0 ended, 2 error.
+
 """
 
 import argparse
@@ -16,13 +19,17 @@ from hacan.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and serve until interrupted; returns the exit status."""
+    """Run the command until it is interrupted; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index", type=Path)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the whole network search your pictures")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--model", type=Path, help="where the model is now, if it has moved")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("index", type=Path, help="folder of the index")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets the whole network search (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="location of the model, if it was moved")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         _check_free(options.host, options.port)  # before the model is loaded

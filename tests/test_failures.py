@@ -16,14 +16,14 @@ import torch
 from sacred.observers import FileStorageObserver
 from tiny_run import TINY_DEMO, run_py, settings_of, train_here
 
+from datamodules.datamodule import build_data
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
 from hacan.checkpoints.loading import open_models
 from hacan.errors import UserError, one_line_errors, require_writable
 from hacan.lock import LOCK, OWNER, FolderLock
-from hacan.run_record import RunRecord
+from hacan.sacred_setup import RunRecord
 from hacan.training.callbacks import LAST
-from run import build_data
 
 ODD = (
     "a red dog " * 3334,  # 10,002 words

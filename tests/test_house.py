@@ -13,7 +13,6 @@ LEVELS = [
         "hacan.public_config",
         "hacan.errors",
         "hacan.sacred_setup",
-        "hacan.run_record",
         "hacan.lock",
         "hacan.types",
         "hacan.settings",

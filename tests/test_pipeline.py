@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_run import TINY_DEMO, settings_of
 
+from datamodules.datamodule import build_data
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
 from hacan.checkpoints.loading import open_models
 from hacan.retrieval.ranking import rank_shortlists
-from run import build_data
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from config import ex
+from datamodules.datamodule import build_data
 from datamodules.tokens import load_tokenizer
 from hacan import pipeline
 from hacan.checkpoints.loading import open_models
 from hacan.settings import Settings
-from run import build_data
 
 ROOT = Path(__file__).parents[1]
 TINY_DEMO = {

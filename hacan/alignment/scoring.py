@@ -4,7 +4,6 @@ Captions are sorted by length, so that blocks hold little padding. What depends 
 CPU before the first block, so that no block waits for a GPU.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -44,7 +43,7 @@ def score_all_pairs(form: nn.Module, images: EncodedImages, texts: Texts, stream
         for stream, regions in scorer.regions.items():
             share = max(1, scorer.cells_per_block // (block.rows.numel() * regions.shape[1]))
             terms.append(torch.cat([scorer.score(stream, some, tokens, block) for some in regions.split(share)]))
-        columns.append(functools.reduce(torch.add, terms))
+        columns.append(sum(terms[1:], terms[0]))
     scores = torch.cat(columns, 1)[:, torch.tensor(order).argsort().to(scorer.device)]
     return scores.masked_fill(scorer.empty, 0)
 
@@ -83,7 +82,7 @@ def score_listed_pairs(
         tokens = scorer.tokens(block)
         regions = {stream: values[where].unsqueeze(-3) for stream, values in scorer.regions.items()}  # N = 1
         terms = [scorer.score(stream, values, tokens, block) for stream, values in regions.items()]
-        scores.append(functools.reduce(torch.add, terms).flatten())
+        scores.append(sum(terms[1:], terms[0]).flatten())
     listed = torch.cat(places)
     position = torch.empty_like(order)
     position[order[listed[listed >= 0]]] = (listed >= 0).nonzero().flatten()

@@ -45,7 +45,7 @@ def test_the_end_of_the_demo(demo, capsys):
     for _ in range(2):  # the demo may be run again
         assert main(arguments) == 0
         printed = capsys.readouterr().out
-        assert '"a red dog by cat 1" among 4 pictures:' in printed  # a caption of the first test picture
+        assert '"a red dog by cat 1" among 4 images:' in printed  # a caption of the first test picture
         found = {int(number) for number in re.findall(r"scene_(\d)\.png", printed)}
         assert found == {number for number, split in enumerate(SPLITS) if split == "test"}
         (sheet,) = re.findall(r"^Contact sheet.*: (/.*\.html)$", printed, re.MULTILINE)

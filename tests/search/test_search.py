@@ -346,7 +346,7 @@ def test_the_scripts_index_and_search(trained_checkpoint, folder, tmp_path, caps
     assert all(text in printed for text in TEXTS) and sheet.read_text().count("<li") == 5
     similar = ["--image", str(folder / "1.png"), "--find", "pictures", "--html", str(sheet), "--explain"]
     assert search_main([place, *similar]) == 0
-    assert "no words to map" in capsys.readouterr().err and sheet.read_text().count("<li") == 10
+    assert "no heatmaps" in capsys.readouterr().err and sheet.read_text().count("<li") == 10
     assert search_main([place]) == 2 and search_main([str(tmp_path / "nowhere"), "a cat"]) == 2
     assert "either a sentence or an image" in (errors := capsys.readouterr().err) and "is not an index" in errors
 
