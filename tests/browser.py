@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 # Chromium connects to its maker's hosts at every start unless it is told not to.
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-quic"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--hide-scrollbars", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The README is true: its commands are valid, its files and names exist."""
+"""README and docs: the commands are valid, the files, names and links exist."""
 
 import importlib
 import pathlib
@@ -15,9 +15,12 @@ from hacan.settings import Settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+# docs/changing-the-method.md has a test of its own, which runs it.
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "changing-the-method.md"]
+DOCUMENTS = README + "".join(page.read_text() for page in PAGES)
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", DOCUMENTS, re.DOTALL)
     for line in block.splitlines()
     if line.split("#")[0].strip()
 ]
@@ -81,11 +84,11 @@ def test_sacreds_own_commands_work():
     )
     assert result.returncode == 0, result.stderr
     assert "datasets = 'coco'" in result.stdout
-    assert "python run.py print_config with coco_config" in COMMANDS
+    assert "python run.py print_config with coco_config" in README
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:hacan|datamodules|docs|tests|scripts)/[\w/.]+\.\w+)`", README)))
+    "path", sorted(set(re.findall(r"`((?:hacan|datamodules|docs|tests|scripts)/[\w/.]+\.\w+)`", DOCUMENTS)))
 )
 def test_each_file_that_is_named_exists(path):
     assert (ROOT / path).is_file()
@@ -99,3 +102,11 @@ def test_each_name_in_the_table_of_the_method_is_where_it_says(row):
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     for name in re.findall(r"`(\w+)`", names):
         assert hasattr(module, name), f"{path} has no {name}"
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).is_file(), target
