@@ -80,7 +80,7 @@ def test_resume_goes_on_in_the_same_folder(run, tmp_path):
     shutil.copytree(home, tmp_path / "demo")
     done = run_py(**{**arguments, "log_dir": tmp_path, "max_epoch": 3}, resume_from="last")
     assert done.returncode == 0, done.stderr
-    assert f"going on from {tmp_path}/demo/1/checkpoints/last.ckpt" in done.stderr
+    assert f"resuming from {tmp_path}/demo/1/checkpoints/last.ckpt" in done.stderr
     assert torch.load(tmp_path / "demo" / "1" / "checkpoints" / LAST, weights_only=True)["epoch"] == 2
     rows = rows_of(tmp_path / "demo" / "2")
     assert {row["epoch"] for row in rows} == {"2"}

@@ -8,6 +8,7 @@ Examples:
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -40,7 +41,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, label: str,
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, dashed: bool = False) -> None:
     """Draw a line through the points, with a head at the last one."""
     style = {"color": colour, "linewidth": 1.1, "linestyle": "--" if dashed else "-"}
-    for start, end in zip(points[:-2], points[1:-1], strict=True):
+    for start, end in pairwise(points[:-1]):
         axes.plot(*zip(start, end, strict=True), solid_capstyle="round", **style)
     axes.add_patch(
         FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, **style)
@@ -117,7 +118,7 @@ def draw() -> Figure:
     )
     for x, width, label, colour in steps:
         box(axes, x, 2.4, width, 6.4, label, colour)
-    for (x, width, *_), (following, *_) in zip(steps[:-1], steps[1:], strict=True):
+    for (x, width, *_), (following, *_) in pairwise(steps):
         arrow(axes, (x + width, 5.6), (following, 5.6))
     return figure
 

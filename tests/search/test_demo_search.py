@@ -48,7 +48,7 @@ def test_the_end_of_the_demo(demo, capsys):
         assert '"a red dog by cat 1" among 4 images:' in printed  # a caption of the first test picture
         found = {int(number) for number in re.findall(r"scene_(\d)\.png", printed)}
         assert found == {number for number, split in enumerate(SPLITS) if split == "test"}
-        (sheet,) = re.findall(r"^Contact sheet.*: (/.*\.html)$", printed, re.MULTILINE)
+        (sheet,) = re.findall(r"^Results with word heatmaps: (/.*\.html)$", printed, re.MULTILINE)
         assert pathlib.Path(sheet).is_relative_to(demo / "runs" / "2")  # the newest checkpoint
         page = pathlib.Path(sheet).read_text()
         assert "a red dog by cat 1" in page and page.count("<li") == 4 and "LRG mid" in page

@@ -220,5 +220,5 @@ def test_slurms_notice_to_one_process_saves_and_ends_both_and_the_job_goes_on(ru
     processes = slurm(tmp_path, **{**arguments_of(runs), "max_epoch": epoch + 1, "resume_from": "last"})
     printed = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], printed
-    assert f"going on from {last}" in printed[0][1]
+    assert f"resuming from {last}" in printed[0][1]
     assert torch.load(last, weights_only=True)["epoch"] == epoch

@@ -241,9 +241,9 @@ def test_sigkill_in_the_middle_of_an_epoch_costs_nothing(whole, pictures, tmp_pa
     done = run_py(script=tmp_path / "killer.py", **arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr
     checkpoints = tmp_path / "demo" / "1" / "checkpoints"
-    assert (checkpoints / ".lock").exists()  # a dead process's, which is taken over
+    assert (checkpoints / OWNER).exists()  # of the killed process
     done = run_py(**arguments, resume_from="last")
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
-    assert not (checkpoints / ".lock").exists()
+    assert "resuming from" in done.stderr
+    assert not (checkpoints / OWNER).exists()
     same_end(checkpoints, whole)
