@@ -1,1 +1,1 @@
-"""Pictures and captions: one reader for each layout on disk, one data module for all of them."""
+"""Images and captions: one reader for each layout on disk, one data module for all of them."""

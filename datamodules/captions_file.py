@@ -1,4 +1,4 @@
-"""People's own data: `captions.csv` or `captions.jsonl` of image, caption and maybe split, beside the pictures."""
+"""People's own data: `captions.csv` or `captions.jsonl` of image, caption and maybe split, beside the images."""
 
 import csv
 import hashlib
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.folders import check_pictures, check_root, first_file, safe_path
+from datamodules.folders import check_image_files, check_root, first_file, safe_path
 from datamodules.json_files import caption_of, expect, member, parse_json
 from datamodules.records import SPLITS, CaptionedImage
 from hacan.errors import UserError
@@ -31,7 +31,7 @@ def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[Cap
     """Records of `data_root/captions.csv` or `.jsonl`; several rows of one image are several captions.
 
     Image names are relative to `data_root/images` where that folder is, otherwise to `data_root`. Without a split the
-    image's name decides: a hash of it puts 10% into test, 10% into val, and stays so when pictures are added.
+    image's name decides: a hash of it puts 10% into test, 10% into val, and stays so when images are added.
     """
     check_root(data_root)
     path = first_file([data_root / name for name in NAMES], what="the captions file")
@@ -44,7 +44,7 @@ def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[Cap
         counts = {split: sum(record.split == split for record in records) for split in SPLITS}
         log.warning("%s names no splits: a hash of each image's name puts it into one, %s", path, counts)
     if check_files:
-        check_pictures((record.path for record in records), listed_in=path)
+        check_image_files((record.path for record in records), listed_in=path)
     return records
 
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.folders import check_pictures, check_root, first_folder, safe_path
+from datamodules.folders import check_image_files, check_root, first_folder, safe_path
 from datamodules.json_files import caption_of, member, read_json
-from datamodules.karpathy import COCO, picture_folder
+from datamodules.karpathy import COCO, image_folder
 from datamodules.records import CaptionedImage
 from hacan.errors import UserError
 
@@ -15,7 +15,7 @@ ID_FILES = {"train": "train", "val": "dev", "test": "test"}  # our split -> the 
 
 
 class Annotation(NamedTuple):
-    """One caption and the picture it belongs to."""
+    """One caption and the image it belongs to."""
 
     image_id: int
     caption: str
@@ -30,7 +30,7 @@ def read_coco_ids(data_root: Path, *, use_restval: bool, check_files: bool = Tru
     check_root(data_root)
     folder = first_folder([data_root / name for name in COCO.folders], what="the data set's folder")
     annotations_folder = first_folder([folder / "annotations", data_root / "annotations"], what="COCO's annotations")
-    pictures = picture_folder(folder, COCO)
+    pictures = image_folder(folder, COCO)
     annotations: dict[int, Annotation] = {}
     for year in ("train2014", "val2014"):
         path = annotations_folder / f"captions_{year}.json"
@@ -53,7 +53,7 @@ def read_coco_ids(data_root: Path, *, use_restval: bool, check_files: bool = Tru
             for image_id, group in captions.items()
         )
     if check_files:
-        check_pictures((record.path for record in records), listed_in=annotations_folder)
+        check_image_files((record.path for record in records), listed_in=annotations_folder)
     return records
 
 

@@ -20,8 +20,8 @@ class Pair(NamedTuple):
     caption_id: int
 
 
-class BadPicture(NamedTuple):
-    """Stands where a picture could not be read: an exception would lose its type between processes."""
+class UnreadableImage(NamedTuple):
+    """Stands where a image could not be read: an exception would lose its type between processes."""
 
     path: str
     reason: str
@@ -39,15 +39,15 @@ def pad_tokens(captions: Sequence[np.ndarray], padding_id: int) -> tuple[Tensor,
 
 
 class PairCollator:
-    """Makes batches of items; one of its own per run, because it knows the id of padding and the size of pictures."""
+    """Makes batches of items; one of its own per run, because it knows the id of padding and the size of images."""
 
     def __init__(self, *, padding_id: int, image_size: int) -> None:
         self._padding_id, self._image_size = padding_id, image_size
 
-    def __call__(self, items: Sequence[Pair | BadPicture]) -> tuple[PairBatch, list[BadPicture]]:
+    def __call__(self, items: Sequence[Pair | UnreadableImage]) -> tuple[PairBatch, list[UnreadableImage]]:
         """(The batch of the items that could be read, of no pair at all where none could; the unreadable ones.)"""
         pairs = [item for item in items if isinstance(item, Pair)]
-        bad = [item for item in items if isinstance(item, BadPicture)]
+        bad = [item for item in items if isinstance(item, UnreadableImage)]
         token_ids, token_mask = pad_tokens([pair.tokens for pair in pairs], self._padding_id)
         none = torch.zeros(0, 3, self._image_size, self._image_size)
         batch = PairBatch(

@@ -121,7 +121,7 @@ class PairDataModule(pl.LightningDataModule):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Unreadable pictures that the running epoch has left out: path and reason."""
+        """Unreadable images that the running epoch has left out: path and reason."""
         return self._training.skipped if self._training is not None else {}
 
     # evaluation
@@ -131,7 +131,7 @@ class PairDataModule(pl.LightningDataModule):
         return self._split(name)[0]
 
     def eval_images(self, name: str, rows: Sequence[int] | None = None) -> EvaluationImages:
-        """Pixels of a split, each picture once; `rows`: only these images (a shard)."""
+        """Pixels of a split, each image once; `rows`: only these images (a shard)."""
         split, _ = self._split(name)
         return EvaluationImages(
             split.paths,

@@ -1,4 +1,4 @@
-"""The evaluation side: a split whose pictures and captions are each handed out exactly once."""
+"""The evaluation side: a split whose images and captions are each handed out exactly once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.collate import BadPicture, pad_tokens
+from datamodules.collate import UnreadableImage, pad_tokens
 from datamodules.records import CaptionedImage
 from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
@@ -42,7 +42,7 @@ class EvaluationSplit:
 
 
 class EvaluationImages:
-    """Batches (rows [B] int64, pixels [B, 3, H, W]) of the images `rows`; an unreadable picture is always an error."""
+    """Batches (rows [B] int64, pixels [B, 3, H, W]) of the images `rows`; an unreadable image is always an error."""
 
     def __init__(
         self, paths: Sequence[str], rows: Sequence[int], *, transform: Transform, batch_size: int, num_workers: int
@@ -61,7 +61,7 @@ class EvaluationImages:
         for rows, pixels, bad in self._loader:
             if bad:
                 self._loader.stop()
-                raise UserError(f"{bad[0].reason}; an evaluation needs every picture of its split")
+                raise UserError(f"{bad[0].reason}; an evaluation needs every image of its split")
             yield rows, pixels
 
 
@@ -93,16 +93,16 @@ class _Pictures(Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor | BadPicture]:
+    def __getitem__(self, position: int) -> tuple[int, Tensor | UnreadableImage]:
         path = str(self._paths[position])
         try:
             return self._rows[position], self._transform(read_image(path))
         except UserError as error:
-            return self._rows[position], BadPicture(path, str(error))
+            return self._rows[position], UnreadableImage(path, str(error))
 
 
-def _stack(items: list[tuple[int, Tensor | BadPicture]]) -> tuple[Tensor, Tensor | None, list[BadPicture]]:
+def _stack(items: list[tuple[int, Tensor | UnreadableImage]]) -> tuple[Tensor, Tensor | None, list[UnreadableImage]]:
     rows = torch.tensor([row for row, _ in items], dtype=torch.int64)
-    bad = [item for _, item in items if isinstance(item, BadPicture)]
-    pixels = [item for _, item in items if not isinstance(item, BadPicture)]
+    bad = [item for _, item in items if isinstance(item, UnreadableImage)]
+    pixels = [item for _, item in items if not isinstance(item, UnreadableImage)]
     return rows, None if bad else normalise(torch.stack(pixels)), bad

@@ -1,4 +1,4 @@
-"""Finds folders and pictures on disk; what is missing is named, with what was looked for."""
+"""Finds folders and images on disk; what is missing is named, with what was looked for."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -43,13 +43,13 @@ def missing_files(paths: Iterable[Path]) -> list[Path]:
     return missing
 
 
-def check_pictures(paths: Iterable[Path], *, listed_in: Path) -> None:
-    """All pictures that `listed_in` speaks of are there; the first that is not is named, with how many others."""
+def check_image_files(paths: Iterable[Path], *, listed_in: Path) -> None:
+    """All images that `listed_in` speaks of are there; the first that is not is named, with how many others."""
     missing = missing_files(paths)
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"picture {missing[0]}{others}, listed in {listed_in}, not found; complete the pictures "
+            f"image {missing[0]}{others}, listed in {listed_in}, not found; complete the images "
             "(scripts/check_data.py lists them all)"
         )
 
@@ -57,7 +57,7 @@ def check_pictures(paths: Iterable[Path], *, listed_in: Path) -> None:
 def safe_path(folder: Path, name: str, *, where: str) -> Path:
     """`folder / name`, which has to be a path that a file system can hold and a line can show."""
     if not name or any(character < " " or "\ud800" <= character <= "\udfff" for character in name):
-        raise UserError(f"{where} is {name[:80]!r}: expected the name of a picture file")
+        raise UserError(f"{where} is {name[:80]!r}: expected the name of a image file")
     return folder / name
 
 

@@ -1,16 +1,16 @@
-"""How pictures are cut to squares; numbers only, so that what reads no pixels need not import torch."""
+"""How images are cut to squares; numbers only, so that what reads no pixels need not import torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """How a picture is cut to a square: at random in training, always in the same way in evaluation."""
+    """How a image is cut to a square: at random in training, always in the same way in evaluation."""
 
-    crop_area: tuple[float, float]  # share of the picture's area that a training crop covers
+    crop_area: tuple[float, float]  # share of the image's area that a training crop covers
     crop_ratio: tuple[float, float]  # width over height of a training crop
-    flip: bool  # mirror half of the training pictures
-    centre_crop: bool  # evaluation: the centre of the picture; False: all of it, squeezed to a square
+    flip: bool  # mirror half of the training images
+    centre_crop: bool  # evaluation: the centre of the image; False: all of it, squeezed to a square
 
 
 PHOTOS = Framing(crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, centre_crop=True)

@@ -19,7 +19,7 @@ from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
 from hacan.errors import UserError
 from hacan.images.io import read_image
 
-SCENES = Layout(folders=("scenes",), picture_folders=("",), json_name=SCENES_JSON)  # as they lie, never drawn here
+SCENES = Layout(folders=("scenes",), image_folders=("",), json_name=SCENES_JSON)  # as they lie, never drawn here
 LOOKED_FOR = {
     "f30k": FLICKR30K.folders,
     "f8k": FLICKR8K.folders,
@@ -41,7 +41,7 @@ class SplitFindings:
     images: int = 0
     captions: int = 0
     missing: list[Path] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # reasons, which name the picture
+    unreadable: list[str] = field(default_factory=list)  # reasons, which name the image
     without_captions: int = 0
     empty_captions: int = 0
 
@@ -53,12 +53,12 @@ class Findings:
     name: str
     splits: dict[str, SplitFindings] = field(default_factory=dict)
     problem: str | None = None
-    listed_twice: int = 0  # pictures that two records share
+    listed_twice: int = 0  # images that two records share
     decoded: bool = False
 
     @property
     def complete(self) -> bool:
-        """Whether everything needed is there: each split has images and captions, and every picture is there."""
+        """Whether everything needed is there: each split has images and captions, and every image is there."""
         return self.problem is None and all(
             split.captions and not split.missing and not split.unreadable for split in self.splits.values()
         )
@@ -72,7 +72,7 @@ def present_data_sets(data_root: Path) -> list[str]:
 def inspect_data_set(
     name: str, data_root: Path, *, use_restval: bool = True, decode: bool = False, progress: bool = True
 ) -> Findings:
-    """Read a data set's files and list its pictures; `decode`: decode every one of them, too."""
+    """Read a data set's files and list its images; `decode`: decode every one of them, too."""
     findings = Findings(name, decoded=decode)
     try:
         records = _listed_records(name, data_root, use_restval=use_restval)
@@ -141,7 +141,7 @@ def describe(findings: Findings, *, most: int = 10) -> str:
         troubles += _some([f"missing: {path}" for path in split.missing], most)
         troubles += _some([f"bad: {reason}" for reason in split.unreadable], most)
     if findings.listed_twice:
-        lines.append(f"  {findings.listed_twice} picture(s) are listed more than once")
+        lines.append(f"  {findings.listed_twice} image(s) are listed more than once")
     return "\n".join(lines + [f"  {trouble}" for trouble in troubles])
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.folders import check_pictures, check_root, first_file, first_folder, safe_path
+from datamodules.folders import check_image_files, check_root, first_file, first_folder, safe_path
 from datamodules.json_files import caption_of, expect, member, read_json
 from datamodules.records import CaptionedImage
 from hacan.errors import UserError
@@ -15,20 +15,20 @@ class Layout:
     """Where a data set lies under data_root; the first that is there counts."""
 
     folders: tuple[str, ...]
-    picture_folders: tuple[str, ...]  # under the folder; "" is the folder itself
+    image_folders: tuple[str, ...]  # under the folder; "" is the folder itself
     json_name: str
-    holding: tuple[str, ...] = ()  # the folder of pictures is the one that holds one of these
+    holding: tuple[str, ...] = ()  # the folder of images is the one that holds one of these
 
 
 FLICKR30K = Layout(
     folders=("f30k", "flickr30k"),
-    picture_folders=("images", "flickr30k-images"),
+    image_folders=("images", "flickr30k-images"),
     json_name="dataset_flickr30k.json",
 )
-FLICKR8K = Layout(folders=("f8k", "flickr8k"), picture_folders=("images",), json_name="dataset_flickr8k.json")
+FLICKR8K = Layout(folders=("f8k", "flickr8k"), image_folders=("images",), json_name="dataset_flickr8k.json")
 COCO = Layout(
     folders=("coco",),
-    picture_folders=("images", ""),
+    image_folders=("images", ""),
     json_name="dataset_coco.json",
     holding=("train2014", "val2014"),
 )
@@ -46,20 +46,20 @@ def read_karpathy(
         )
     folder = first_folder([data_root / name for name in layout.folders], what="the data set's folder")
     json_path = first_file([folder / layout.json_name], what="the split file")
-    pictures = picture_folder(folder, layout)
+    pictures = image_folder(folder, layout)
     records = parse_karpathy(read_json(json_path), pictures, where=str(json_path), use_restval=use_restval)
     if check_files:
-        check_pictures((record.path for record in records), listed_in=json_path)
+        check_image_files((record.path for record in records), listed_in=json_path)
     return records
 
 
-def picture_folder(folder: Path, layout: Layout) -> Path:
+def image_folder(folder: Path, layout: Layout) -> Path:
     """The folder that file names in the JSON are relative to."""
-    candidates = [folder / name for name in layout.picture_folders]
+    candidates = [folder / name for name in layout.image_folders]
     if not layout.holding:
-        return first_folder(candidates, what="the folder of pictures")
+        return first_folder(candidates, what="the folder of images")
     inner = [candidate / name for candidate in candidates for name in layout.holding]
-    return first_folder(inner, what="the folder of pictures").parent
+    return first_folder(inner, what="the folder of images").parent
 
 
 def parse_karpathy(content: Any, pictures: Path, *, where: str, use_restval: bool) -> list[CaptionedImage]:

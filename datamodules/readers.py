@@ -24,7 +24,7 @@ def read_records(
 ) -> list[CaptionedImage]:
     """All records of the data set `datasets` under `data_root` (METHOD section 7).
 
-    `check_files`: every picture must be there (not that it can be decoded). `scenes_pictures`: how many pictures the
+    `check_files`: every image must be there (not that it can be decoded). `scenes_pictures`: how many images the
     embedded demo draws for train, val and test. Images without a caption stay: they are distractors in a ranking.
     """
     root = Path(data_root).expanduser()
@@ -42,7 +42,7 @@ def read_records(
 
 
 def framing_of(datasets: str) -> Framing:
-    """How the pictures of a data set are cut to squares."""
+    """How the images of a data set are cut to squares."""
     return SCENES if datasets == "scenes" else PHOTOS
 
 

@@ -1,4 +1,4 @@
-"""What a data set is here: a list of pictures with their captions. Standard library only, nothing of torch."""
+"""What a data set is here: a list of images with their captions. Standard library only, nothing of torch."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """One picture on disk with its captions (any number of them, METHOD section 6) and the split it belongs to."""
+    """One image on disk with its captions (any number of them, METHOD section 6) and the split it belongs to."""
 
     path: Path
     captions: tuple[str, ...]

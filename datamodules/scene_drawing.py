@@ -1,4 +1,4 @@
-"""Draws the demo's scenes with OpenCV and keeps them on disk as a Karpathy file beside PNG pictures."""
+"""Draws the demo's scenes with OpenCV and keeps them on disk as a Karpathy file beside PNG images."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ from datamodules.records import CaptionedImage
 from datamodules.scenes import Scene, SceneIndex, caption_scene, sample_scenes
 from hacan.errors import UserError
 
-FORMAT = 1  # raise it when the same parameters give other pictures or captions: what is on disk is then made anew
+FORMAT = 1  # raise it when the same parameters give other images or captions: what is on disk is then made anew
 JSON_NAME = "dataset_scenes.json"
 DEFAULT_COUNTS = {"train": 1000, "val": 100, "test": 200}
-PICTURE_SIZE = 112  # pixels; things keep off the border by an eighth, so that mild crops cut nothing away
+SCENE_SIZE = 112  # pixels; things keep off the border by an eighth, so that mild crops cut nothing away
 INK = {  # blue, green, red, as OpenCV orders them
     "red": (40, 40, 215),
     "green": (60, 160, 50),
@@ -34,14 +34,14 @@ INK = {  # blue, green, red, as OpenCV orders them
     "gray": (128, 128, 128),
     "black": (25, 25, 25),
 }
-RADIUS = {"small": 0.066, "large": 0.105}  # of the picture's side
+RADIUS = {"small": 0.066, "large": 0.105}  # of the image's side
 _PNG = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE)  # flat colours: smaller, and decoded twice as fast
 _FINE = 4  # drawn so many times larger, then averaged down: smooth edges
 _FRACTION_BITS = 4
 
 
 def draw_scene(scene: Scene, *, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A picture of `scene`, [size, size, 3] uint8 in OpenCV's channel order; `rng` moves things and tints a little."""
+    """A image of `scene`, [size, size, 3] uint8 in OpenCV's channel order; `rng` moves things and tints a little."""
     canvas = np.empty((size * _FINE, size * _FINE, 3), np.uint8)
     canvas[:] = _tint(scene.background, rng)
     places = (0.29, 0.71) if len(scene.things) == 2 else (0.245, 0.5, 0.755)
@@ -85,21 +85,21 @@ def write_scenes(
     *,
     counts: Mapping[str, int] = DEFAULT_COUNTS,
     seed: int = 0,
-    picture_size: int = PICTURE_SIZE,
+    scene_size: int = SCENE_SIZE,
     progress: bool = True,
 ) -> Path:
-    """Make the demo's pictures and `dataset_scenes.json` in `folder`; returns the JSON's path.
+    """Make the demo's images and `dataset_scenes.json` in `folder`; returns the JSON's path.
 
-    The JSON is written last and under another name first: where it stands, all pictures of it stand too.
+    The JSON is written last and under another name first: where it stands, all images of it stand too.
     """
     folder = Path(folder)
-    parameters = _parameters(counts, seed, picture_size)
+    parameters = _parameters(counts, seed, scene_size)
     pictures = _picture_folder(folder, parameters)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
         try:
-            images = _make(staging, dict(counts), seed=seed, picture_size=picture_size, progress=progress)
+            images = _make(staging, dict(counts), seed=seed, scene_size=scene_size, progress=progress)
             os.chmod(staging, 0o755)
             _put_in_place(staging, pictures)
         except BaseException:
@@ -117,13 +117,13 @@ def write_scenes(
                 shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"the demo's pictures could not be written to {folder}: {error}; give a folder to write in, data_root=PATH"
+            f"the demo's images could not be written to {folder}: {error}; give a folder to write in, data_root=PATH"
         ) from error
     return target
 
 
 def _put_in_place(staging: Path, pictures: Path) -> None:
-    """`staging` becomes `pictures`, unless another process has put the same pictures there by now and reads them."""
+    """`staging` becomes `images`, unless another process has put the same images there by now and reads them."""
     names = set(os.listdir(staging))
 
     def there() -> bool:
@@ -139,8 +139,8 @@ def _put_in_place(staging: Path, pictures: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _make(folder: Path, counts: dict[str, int], *, seed: int, picture_size: int, progress: bool) -> list[dict]:
-    """Write all pictures to `folder`; returns the entries of a Karpathy file."""
+def _make(folder: Path, counts: dict[str, int], *, seed: int, scene_size: int, progress: bool) -> list[dict]:
+    """Write all images to `folder`; returns the entries of a Karpathy file."""
     images: list[dict] = []
     with tqdm(total=sum(counts.values()), desc="drawing scenes", unit="picture", disable=not progress) as bar:
         for split, scenes in sample_scenes(counts, seed=seed).items():
@@ -148,7 +148,7 @@ def _make(folder: Path, counts: dict[str, int], *, seed: int, picture_size: int,
             for scene in scenes:
                 number = len(images)
                 rng = np.random.default_rng([seed, 1, number])
-                picture = draw_scene(scene, size=picture_size, rng=rng)
+                picture = draw_scene(scene, size=scene_size, rng=rng)
                 name = f"scene_{number:05d}.png"
                 if not cv2.imwrite(str(folder / name), picture, _PNG):
                     raise OSError(f"OpenCV could not write {folder / name}")
@@ -164,15 +164,15 @@ def read_scenes(
     *,
     counts: Mapping[str, int] = DEFAULT_COUNTS,
     seed: int = 0,
-    picture_size: int = PICTURE_SIZE,
+    scene_size: int = SCENE_SIZE,
     progress: bool = True,
 ) -> list[CaptionedImage]:
-    """The demo's records; pictures and captions are made when they are not there, or were made otherwise."""
+    """The demo's records; images and captions are made when they are not there, or were made otherwise."""
     folder = Path(folder)
-    found = _found(folder, _parameters(counts, seed, picture_size))
+    found = _found(folder, _parameters(counts, seed, scene_size))
     if found is None:
-        write_scenes(folder, counts=counts, seed=seed, picture_size=picture_size, progress=progress)
-        found = _found(folder, _parameters(counts, seed, picture_size))
+        write_scenes(folder, counts=counts, seed=seed, scene_size=scene_size, progress=progress)
+        found = _found(folder, _parameters(counts, seed, scene_size))
     if found is None:
         raise UserError(f"{folder / JSON_NAME} vanished while it was read: is another run deleting it?")
     return found
@@ -191,11 +191,11 @@ def _found(folder: Path, parameters: dict) -> list[CaptionedImage] | None:
     return None if missing_files(record.path for record in records) else records
 
 
-def _parameters(counts: Mapping[str, int], seed: int, picture_size: int) -> dict:
+def _parameters(counts: Mapping[str, int], seed: int, scene_size: int) -> dict:
     unknown = set(counts) - set(DEFAULT_COUNTS)
     if unknown or any(count < 1 for count in counts.values()):
-        raise ValueError(f"counts={dict(counts)}: expected one or more pictures for each of train, val and test")
-    return {"format": FORMAT, "counts": dict(counts), "seed": seed, "picture_size": picture_size}
+        raise ValueError(f"counts={dict(counts)}: expected one or more images for each of train, val and test")
+    return {"format": FORMAT, "counts": dict(counts), "seed": seed, "scene_size": scene_size}
 
 
 def _picture_folder(folder: Path, parameters: dict) -> Path:

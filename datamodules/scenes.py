@@ -1,7 +1,7 @@
-"""The embedded demo: generated pictures of coloured shapes in a row or in a column, with five captions each.
+"""The embedded demo: generated images of coloured shapes in a row or in a column, with five captions each.
 
-What a scene is and what a caption claims are data, so that "this caption describes that picture" can be decided. A
-caption says as much as it must to describe one picture of its split only. Drawing is in `scene_drawing.py`.
+What a scene is and what a caption claims are data, so that "this caption describes that image" can be decided. A
+caption says as much as it must to describe one image of its split only. Drawing is in `scene_drawing.py`.
 """
 
 from collections import defaultdict

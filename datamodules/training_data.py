@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.collate import BadPicture, Pair, PairCollator
+from datamodules.collate import Pair, PairCollator, UnreadableImage
 from datamodules.sampling import TrainingOrder, derived_seed
 from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
@@ -41,7 +41,7 @@ class TrainingPairs(Dataset):
     def __len__(self) -> int:
         return len(self._image_of_text)
 
-    def __getitem__(self, key: tuple[int, int]) -> Pair | BadPicture:
+    def __getitem__(self, key: tuple[int, int]) -> Pair | UnreadableImage:
         """The pair as augmented in that epoch; the same in every process and after every resume."""
         epoch, caption = key
         image = int(self._image_of_text[caption])
@@ -49,7 +49,7 @@ class TrainingPairs(Dataset):
         try:
             picture = read_image(path)
         except UserError as error:
-            return BadPicture(path, str(error))
+            return UnreadableImage(path, str(error))
         with seeded(derived_seed(self._seed, epoch, caption)):
             pixels = self._transform(picture)
         return Pair(pixels, self._tokens[caption], int(self._image_ids[image]), caption)
@@ -71,7 +71,7 @@ class TrainingLoader:
     """Batches of one process, from `order`'s position on.
 
     Not a torch DataLoader but around one: it counts what was handed out (not what workers have prefetched), keeps count
-    of the unreadable pictures, and says in one line when a worker has died. `len()` is the whole epoch's. A batch of
+    of the unreadable images, and says in one line when a worker has died. `len()` is the whole epoch's. A batch of
     which nothing could be read is handed out without a pair: several processes must take the same number of batches.
     """
 
@@ -116,10 +116,10 @@ class TrainingLoader:
         """End the worker processes; the next iteration starts new ones."""
         self._loader.stop()
 
-    def _note_bad(self, bad: list[BadPicture]) -> None:
+    def _note_bad(self, bad: list[UnreadableImage]) -> None:
         if bad and self._on_bad_image == "error":
             self.stop()
-            raise UserError(f"{bad[0].reason}; on_bad_image=skip trains without such pictures")
+            raise UserError(f"{bad[0].reason}; on_bad_image=skip trains without such images")
         if bad and not self.skipped:
             log.warning("left out: %s; counted at the end of the epoch", bad[0].reason)
         self.skipped.update({picture.path: picture.reason for picture in bad})
@@ -127,7 +127,7 @@ class TrainingLoader:
     def _report_skipped(self, epoch: int) -> None:
         if self.skipped:
             first = next(iter(self.skipped.values()))
-            log.warning("epoch %d: %d unreadable picture(s) left out, the first: %s", epoch, len(self.skipped), first)
+            log.warning("epoch %d: %d unreadable image(s) left out, the first: %s", epoch, len(self.skipped), first)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch lies: what was handed out counts as done."""

@@ -1,4 +1,4 @@
-"""A decoded picture to the square of one data set: at random in training, as a loaded model frames it in evaluation."""
+"""A decoded image to the square of one data set: at random in training, as a loaded model frames it in evaluation."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def evaluation_transform(image_size: int, framing: Framing) -> Transform:
 
 
 # Classes, because worker processes may have to pickle them; torchvision's functional kernels, because its transform
-# classes cost as much again per picture as the work they do.
+# classes cost as much again per image as the work they do.
 
 
 class _TrainingCrop:

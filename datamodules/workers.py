@@ -1,4 +1,4 @@
-"""Processes that decode pictures: started quietly, watched, and stopped at once when something is wrong."""
+"""Processes that decode images: started quietly, watched, and stopped at once when something is wrong."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +36,7 @@ class WatchedLoader:
                 raise
             self.stop()
             raise UserError(
-                f"a process that decodes pictures died ({' '.join(str(error).split())}); most often memory, or "
+                f"a process that decodes images died ({' '.join(str(error).split())}); most often memory, or "
                 f"/dev/shm, is full: try fewer than num_workers={self._num_workers}"
             ) from error
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class PairBatch(NamedTuple):
-    """B image-caption pairs, as the data modules make them; none where no picture of a batch could be read."""
+    """B image-caption pairs, as the data modules make them; none where no image of a batch could be read."""
 
     images: Tensor  # [B, 3, H, W] float, normalised pixels
     token_ids: Tensor  # [B, W] int64, padded

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             for path, reason in update.bad:
                 print(f"skipped {path}: {reason}", file=sys.stderr)
             print(
-                f"{options.index}: {index.count()} pictures ({update.added} added, {update.kept} kept, "
+                f"{options.index}: {index.count()} images ({update.added} added, {update.kept} kept, "
                 f"{update.moved} of them moved, {update.removed} removed, {len(update.bad)} files skipped)"
             )
             if changes:

@@ -65,7 +65,7 @@ def make_model(make_settings, tokenizer):
 
 @pytest.fixture
 def pixels():
-    """3 pictures."""
+    """3 images."""
     return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
 
 

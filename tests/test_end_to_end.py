@@ -159,4 +159,4 @@ def test_pictures_that_cannot_be_read_stop_or_are_skipped(run, tmp_path):
     assert pictures[0].name in stopped.stderr and "on_bad_image=skip" in stopped.stderr
     skipped = run_py(**updates, on_bad_image="skip")
     assert skipped.returncode == 0, skipped.stderr
-    assert "1 unreadable picture(s) left out" in skipped.stderr and pictures[0].name in skipped.stderr
+    assert "1 unreadable image(s) left out" in skipped.stderr and pictures[0].name in skipped.stderr

@@ -1,4 +1,4 @@
-"""What happens to people: full and closed disks, a second run, odd captions, pictures that are none."""
+"""What happens to people: full and closed disks, a second run, odd captions, images that are none."""
 
 import datetime
 import errno
@@ -47,7 +47,7 @@ def bomb():
 
 @pytest.fixture
 def odd_data(tmp_path):
-    """Eight pictures with two odd captions each; two of the training ones are a bomb and no picture at all."""
+    """Eight images with two odd captions each; two of the training ones are a bomb and no image at all."""
     rows = []
     for number in range(8):
         name = f"{number} \U0001f600.png"
@@ -68,12 +68,12 @@ def test_odd_captions_and_bad_pictures_are_trained_on_or_left_out(odd_data, capl
     assert "\n" not in str(error.value)
     assert "cannot be decoded" in str(error.value)
     best = train_here(settings_of(odd_data, **updates, on_bad_image="skip"), odd_data)
-    assert "epoch 0: 2 unreadable picture(s) left out" in caplog.text
+    assert "epoch 0: 2 unreadable image(s) left out" in caplog.text
     settings = settings_of(odd_data, **updates, checkpoint=str(best), test_only=True)
     models, tokenizer, settings = open_models(settings, load_tokenizer)
     data = build_data(settings, tokenizer)
     found = pipeline.test(settings, models, [str(best)], data, run_folder=odd_data / "out", home=odd_data / "home")
-    assert found.hierarchical.r10_t2i == 100.0  # one picture: each of its odd captions finds it
+    assert found.hierarchical.r10_t2i == 100.0  # one image: each of its odd captions finds it
 
 
 # ------------------------------------------------------------------------------------------------------------- disks

@@ -84,7 +84,7 @@ def test_the_test_split_is_written_printed_and_the_same_twice(demo, tmp_path, ca
         ranks.append(np.load(folder / "ranks.npz"))
     assert all(np.array_equal(ranks[0][name], ranks[1][name]) for name in ranks[0].files)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert done.hierarchical.r10_t2i == 100.0  # six pictures
+    assert done.hierarchical.r10_t2i == 100.0  # six images
 
 
 def test_alone_there_is_one_process(demo):

@@ -1,4 +1,4 @@
-"""The two encoders as ONNX files, each checked against PyTorch in onnxruntime before it counts as exported."""
+"""Export both encoders as ONNX files, each compared with PyTorch in onnxruntime."""
 
 import warnings
 from pathlib import Path
@@ -16,14 +16,14 @@ TOLERANCE = 1e-3  # relative to the largest feature; float32 sums in another ord
 
 
 class OnnxFile(NamedTuple):
-    """An exported encoder, and how far it is from PyTorch."""
+    """An exported encoder and its difference to PyTorch."""
 
     path: Path
     difference: float  # largest difference of any output, relative to that output's largest value
 
 
 class _Images(nn.Module):
-    """Pixels [N, 3, S, S] -> the fields of EncodedImages."""
+    """Pixels [N, 3, S, S] to the fields of EncodedImages."""
 
     def __init__(self, model: HACAN) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Images(nn.Module):
 
 
 class _Texts(nn.Module):
-    """Token ids [M, W], mask [M, W] -> the fields of EncodedTexts, less the mask."""
+    """Token ids and mask [M, W] to the fields of EncodedTexts without the mask."""
 
     def __init__(self, model: HACAN) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Texts(nn.Module):
 
 
 def export_onnx(model: HACAN, folder: Path, *, image_size: int, max_text_len: int) -> list[OnnxFile]:
-    """Write image_encoder.onnx and text_encoder.onnx, which take any number of images, of texts and of tokens."""
+    """Write image_encoder.onnx and text_encoder.onnx, with dynamic numbers of images, texts and tokens."""
     was_training = model.training
     model.eval()
     words = model.text_encoder.backbone.config.vocab_size
@@ -71,7 +71,7 @@ def export_onnx(model: HACAN, folder: Path, *, image_size: int, max_text_len: in
 
 
 def _captions(words: int, *, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of random captions of these lengths."""
+    """Return token ids and mask of random captions of these lengths."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return torch.randint(words, mask.shape) * mask, mask
 
@@ -84,14 +84,13 @@ def _export(
     example: tuple[Tensor, ...],
     check: tuple[Tensor, ...],
 ) -> OnnxFile:
-    """Trace `module` on `example`, then compare onnxruntime with PyTorch on `check`, whose sizes are others."""
+    """Trace `module` on `example`, then compare onnxruntime with PyTorch on `check`, which has other sizes."""
     first = next(iter(inputs.values()))[0]
     outputs = {name: {0: first} for name in OUTPUTS}
     if "token_ids" in inputs:
         outputs["high"], outputs["mid"] = {0: first, 1: "tokens"}, {0: first, 1: "tokens"}
-    # The tracing exporter (dynamo=False): the other one gives the same numbers, but took 5 to 16 s an encoder of the
-    # tests' size where this one takes 0.4 to 1.5 s (torch 2.11), and wants onnxscript too. It warns of each shape that
-    # it may have taken for a constant; whether it did is checked below, with numbers.
+    # The tracing exporter (dynamo=False) is faster, and the other one also needs onnxscript. It warns of shapes that
+    # it may have made constant; the comparison below checks that.
     with warnings.catch_warnings():
         for kind in (torch.jit.TracerWarning, DeprecationWarning, UserWarning):
             warnings.simplefilter("ignore", kind)
@@ -109,7 +108,7 @@ def _export(
     if not found.difference <= TOLERANCE:
         path.unlink()
         raise UserError(
-            f"{path.name} gives other features than PyTorch (relative difference {found.difference:.2g}, allowed "
+            f"{path.name} differs from PyTorch (relative difference {found.difference:.2g}, allowed "
             f"{TOLERANCE:g}) and was removed: this encoder cannot be exported to ONNX"
         )
     return found
@@ -117,8 +116,8 @@ def _export(
 
 @torch.no_grad()
 def _difference(module: nn.Module, path: Path, *, names: list[str], check: tuple[Tensor, ...]) -> float:
-    """Largest relative difference between onnxruntime and PyTorch; at padding, whose values mean nothing, none."""
-    import onnxruntime  # here: nothing else needs it
+    """Return the largest relative difference between onnxruntime and PyTorch, except at padding."""
+    import onnxruntime  # optional dependency
 
     expected = module(*check)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

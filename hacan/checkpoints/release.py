@@ -11,7 +11,7 @@ from hacan.models.image_encoder import convnext_sizes, name_of_convnext
 from hacan.models.text_encoder import name_of_bert
 from hacan.settings import ModelSettings
 
-# The public release's modules -> ours. Its BERT and its ConvNeXt are renamed tensor by tensor.
+# Modules of the public release -> ours. BERT and ConvNeXt are renamed tensor by tensor.
 RELEASE_NAMES = {
     "cross_modal_text_transform": "project_text_high",
     "cross_modal_text_transform_2": "project_text_mid",
@@ -20,7 +20,7 @@ RELEASE_NAMES = {
     **{f"txt_enc.v_fc{n}": f"aggregate_text.fc{n}" for n in (1, 2, 3)},
     **{f"img_enc.v_fc{n}": f"aggregate_image.fc{n}" for n in (1, 2, 3)},
 }
-# What its tensors do not tell (METHOD sections 1, 2, 5: its Flickr30K preset).
+# Settings that the tensors do not determine (METHOD sections 1, 2, 5: the Flickr30K preset).
 RELEASE_DEFAULTS = {
     "activation": "leaky_relu",
     "alignment": "hybrid",
@@ -32,12 +32,12 @@ RELEASE_TEXT, RELEASE_IMAGE = "text_transformer.", "convnexts."
 
 
 def is_release(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the names of the public release."""
+    """Return whether the names are those of the public release."""
     return all(any(key.startswith(prefix) for key in state) for prefix in (RELEASE_TEXT, RELEASE_IMAGE))
 
 
 def name_of_release(key: str) -> str | None:
-    """One name of the public release as ours, or None for what has no use: the ImageNet head, `fc1` and more."""
+    """Return our name of a tensor of the public release, or None if it is not used (ImageNet head, `fc1`, ...)."""
     if key.startswith(RELEASE_TEXT):
         name = name_of_bert(key.removeprefix(RELEASE_TEXT))
         return None if name.endswith("position_ids") else f"text_encoder.backbone.{name}"
@@ -53,9 +53,9 @@ def name_of_release(key: str) -> str | None:
 def release_settings(
     state: Mapping[str, Tensor], *, given: ModelSettings | None, written: Mapping[str, Any]
 ) -> ModelSettings:
-    """Settings of a public release's model: sizes from its tensors (in our names), the rest as `given`.
+    """Return the settings of a public release's model: sizes from its tensors (in our names), the rest from `given`.
 
-    Where no settings are given, those of the config `written` into the checkpoint, and else the release's defaults.
+    If `given` is None, the rest comes from the config `written` in the checkpoint, or is the release's default.
     """
     prefix = "image_encoder.backbone."
     sizes = convnext_sizes({key.removeprefix(prefix): value for key, value in state.items()})

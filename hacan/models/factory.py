@@ -1,4 +1,4 @@
-"""Settings become modules: the only place that knows names, sizes and where pretrained weights come from."""
+"""Build the model from settings: names, sizes and pretrained weights are resolved here."""
 
 import dataclasses
 from typing import Any
@@ -24,12 +24,12 @@ def build_model(
     text_config: dict[str, Any] | None = None,
     trust: bool = False,
 ) -> HACAN:
-    """The model of the settings.
+    """Return the model of the settings.
 
-    image_size: side of the pictures in pixels; score_memory: MiB of working set in fine scoring; tokenizer: sizes the
-    vocabulary of a random text encoder, and is checked against that of others. `load_weights=False` leaves both
-    encoders random, for a checkpoint to be loaded; `text_config` is then the stored config of the text encoder, so that
-    neither hub nor files are needed. `trust` reads weights files that are pickles of more than tensors.
+    image_size: side of the images in pixels. score_memory: MiB for fine scoring. tokenizer: gives the vocabulary size
+    of a random text encoder, and is compared with the vocabulary of others. load_weights=False: both encoders stay
+    random until a checkpoint is loaded; `text_config` is then the stored config of the text encoder. trust: also read
+    weights files that are pickles of more than tensors.
     """
     form_of(settings.alignment)  # an unknown name is reported before weights are loaded
     image_backbone = build_image_backbone(settings, image_size=image_size, load_weights=load_weights, trust=trust)
@@ -52,34 +52,34 @@ def build_model(
         aggregate_text=Aggregator(in_dim=text.width, embed_dim=width, activation=settings.activation),
         alignment=build_alignment(settings.alignment, dataclasses.asdict(settings), score_memory=score_memory),
     )
-    _try_on_blank_picture(model, settings, image_size=image_size)
+    _check_image_size(model, settings, image_size=image_size)
     return model
 
 
 def _text_projection(in_dim: int, out_dim: int) -> nn.Linear:
-    """Linear with weights Normal(0, 0.02) and zero bias (METHOD section 1)."""
+    """Return a Linear with weights Normal(0, 0.02) and zero bias (METHOD section 1)."""
     linear = nn.Linear(in_dim, out_dim)
     nn.init.normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)
     return linear
 
 
-def _try_on_blank_picture(model: HACAN, settings: ModelSettings, *, image_size: int) -> None:
-    """Fail now, and in one line, where the backbone cannot take pictures of that size."""
+def _check_image_size(model: HACAN, settings: ModelSettings, *, image_size: int) -> None:
+    """Raise `UserError` if the backbone cannot process images of this size."""
     try:
         model.region_grids(height=image_size, width=image_size)
     except (AssertionError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
         raise UserError(
-            f"image_encoder={settings.image_encoder!r} fails on pictures of image_size={image_size} pixels: {error}"
+            f"image_encoder={settings.image_encoder!r} fails on images of image_size={image_size} pixels: {error}"
         ) from error
 
 
 def model_settings(flat: dict[str, Any]) -> ModelSettings:
-    """The model's part of a flat config, such as a checkpoint keeps it."""
+    """Return the model settings of a flat config, as a checkpoint stores it."""
     fields = dataclasses.fields(ModelSettings)
     missing = [field.name for field in fields if field.name not in flat and field.default is dataclasses.MISSING]
     if missing:
-        raise UserError(f"the stored settings lack {', '.join(missing)}: written by another version")
+        raise UserError(f"the stored settings lack {', '.join(missing)}: another version of this program wrote them")
     stored: dict[str, Any] = {field.name: flat[field.name] for field in fields if field.name in flat}
     values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in stored.items()}
     return ModelSettings(**values)

@@ -12,9 +12,9 @@ from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 
 class HACAN(nn.Module):
-    """Pictures and captions -> regions, tokens and global embeddings of one joint width; scores of all their pairs.
+    """Images and captions to regions, tokens and global embeddings of one joint width, and their scores.
 
-    Everything is injected: what the parts are, and where their weights come from, is decided in `hacan.models.factory`.
+    All parts are arguments; `hacan.models.factory` builds them from settings.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class HACAN(nn.Module):
         self.frozen = False
 
     def encode_images(self, pixels: Tensor) -> EncodedImages:
-        """[N, 3, H, W] normalised pixels -> regions [N, R, d] of both levels, and the global embedding [N, d]."""
+        """Return the features of normalised pixels [N, 3, H, W]: regions [N, R, d] of both levels, global [N, d]."""
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
             raise ValueError(
                 f"pixels is {list(pixels.shape)} of {pixels.dtype}, expected [N, 3, H, W] normalised floats; "
-                "hacan.images.preprocessing makes them from picture files"
+                "hacan.images.preprocessing makes them from image files"
             )
         with self._backbone_gradients():
             features = self.image_encoder(pixels)
@@ -58,7 +58,10 @@ class HACAN(nn.Module):
         )
 
     def encode_texts(self, token_ids: Tensor, token_mask: Tensor) -> EncodedTexts:
-        """[M, W] int64 and [M, W] bool (True: real) -> tokens [M, W, d] of both levels, the mask, and [M, d]."""
+        """Return the features of token ids [M, W] int64 with a mask [M, W] bool (True: a real token).
+
+        Tokens [M, W, d] of both levels, the mask, and the global embeddings [M, d].
+        """
         if token_ids.ndim != 2 or token_ids.shape != token_mask.shape or token_mask.dtype != torch.bool:
             raise ValueError(
                 f"token_ids is {list(token_ids.shape)} and token_mask {list(token_mask.shape)} of {token_mask.dtype}, "
@@ -74,17 +77,17 @@ class HACAN(nn.Module):
         )
 
     def score(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
-        """Fine similarity of all pairs, [N, M] float32 (METHOD sections 2 and 3)."""
+        """Return the fine similarity of all pairs, [N, M] float32 (METHOD sections 2 and 3)."""
         return self.alignment(images, texts)
 
     def global_similarity(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
-        """Cosine of the global embeddings of all pairs, [N, M] float32 (METHOD sections 4 and 6)."""
+        """Return the cosine of the global embeddings of all pairs, [N, M] float32 (METHOD sections 4 and 6)."""
         with torch.autocast(images.pooled.device.type, enabled=False):
             return images.pooled.float() @ texts.pooled.float().T
 
     @torch.no_grad()
     def region_grids(self, *, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(rows, columns) of the mid and of the high level for pictures of that size in pixels, by a blank one."""
+        """Return (rows, columns) of the mid and of the high level for images of a size in pixels."""
         weight = self.project_image_high.weight
         was_training = self.training
         self.eval()
@@ -95,10 +98,10 @@ class HACAN(nn.Module):
         return features.mid_grid, features.high_grid
 
     def freeze_backbones(self, frozen: bool) -> None:
-        """Keep both encoders as they are, or let them learn again (METHOD section 5).
+        """Freeze or unfreeze both encoders (METHOD section 5).
 
-        While frozen no gradient and no graph goes through them, and BatchNorm's running statistics stand still too;
-        dropout stays active in training, as in the release.
+        Frozen encoders have no gradients and no graph, and BatchNorm keeps its running statistics. Dropout stays active
+        in training, as in the release.
         """
         self.frozen = frozen
         self.image_encoder.requires_grad_(not frozen)
@@ -106,7 +109,7 @@ class HACAN(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train; a frozen encoder's BatchNorm stays in evaluation, for its statistics are weights too."""
+        """Set the training mode; BatchNorm of a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if mode and self.frozen:
             for module in (*self.image_encoder.modules(), *self.text_encoder.modules()):
@@ -115,7 +118,7 @@ class HACAN(nn.Module):
         return self
 
     def _backbone_gradients(self) -> torch.set_grad_enabled:
-        """Gradients as the caller has them, or none at all while the encoders are frozen."""
+        """Disable gradients while the encoders are frozen."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
 
 
@@ -123,7 +126,7 @@ class HACAN(nn.Module):
 def describe_non_finite(
     alignment: FineAlignment, images: EncodedImages, texts: EncodedTexts | PackedTexts, pairs: Tensor | None = None
 ) -> str:
-    """Say which streams gave fine scores that are not finite, and whether the features are."""
+    """Return which streams have fine scores that are not finite, and whether the features are finite."""
     streams = []
     for stream in STREAMS:
         one = {"streams": (stream,)}
@@ -132,5 +135,5 @@ def describe_non_finite(
     real = texts.mask if isinstance(texts, EncodedTexts) else slice(None)
     features = (images.high, images.mid, texts.high[real], texts.mid[real])
     finite = all(bool(values.isfinite().all()) for values in features)
-    why = "although all features are" if finite else "and neither are the features that the encoders gave"
+    why = "although all features are" if finite else "and neither are the features of the encoders"
     return f"alignment={alignment.name}: scores of {', '.join(streams) or 'their sum'} are not finite, {why}"

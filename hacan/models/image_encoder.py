@@ -1,4 +1,4 @@
-"""Any timm backbone with two feature levels: mid regions, high regions and a global vector in one pass (METHOD 1)."""
+"""Image encoder: a timm backbone with two feature levels and a global vector (METHOD section 1), and its weights."""
 
 import difflib
 import logging
@@ -35,7 +35,7 @@ FINAL_NORMS = ("head.norm", "fc_norm", "norm")
 
 
 class ImageFeatures(NamedTuple):
-    """N pictures after the backbone; regions in row-major order: region r is row r // w, column r % w of its grid."""
+    """Features of N images; regions are in row-major order: region r is row r // w, column r % w of its grid."""
 
     high: Tensor  # [N, R_high, C_high] regions of the high level
     mid: Tensor  # [N, R_mid, C_mid] regions of the mid level
@@ -45,16 +45,15 @@ class ImageFeatures(NamedTuple):
 
 
 class ImageEncoder(nn.Module):
-    """A timm backbone, its head cut off, that gives two levels and a global vector in one forward pass.
+    """A timm backbone without its head, with two feature levels and a global vector in one forward pass.
 
-    Levels count as in timm's `feature_info`: stages of a hierarchical backbone, blocks of a ViT (whose prefix tokens,
-    [CLS] among them, are dropped); negative ones from the end. The global vector is the mean over the high level's
-    positions, then the backbone's own final LayerNorm (`final_norm`); a backbone without one (EfficientNet, ResNet:
-    they end in BatchNorm) has the mean as it is. METHOD section 1.
+    Levels are indices into timm's `feature_info`: stages of a hierarchical backbone, or blocks of a ViT (without prefix
+    tokens such as [CLS]); negative indices count from the end. The global vector is the mean over the positions of the
+    high level, followed by the backbone's final LayerNorm (`final_norm`) if it has one (METHOD section 1).
     """
 
     def __init__(self, *, backbone: Any, levels: tuple[int, ...], name: str = "") -> None:
-        """`backbone`: a fresh timm model, which is changed in place; `name`: what error messages call it."""
+        """backbone: a new timm model, which is changed in place. name: for error messages."""
         super().__init__()
         self.name = name or type(backbone).__name__
         if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "prune_intermediate_layers"):
@@ -69,7 +68,7 @@ class ImageEncoder(nn.Module):
         self.backbone = backbone
 
     def _positions(self, levels: tuple[int, ...], count: int) -> tuple[int, int]:
-        """The two levels counted from 0."""
+        """Return both levels as indices from 0."""
         mid, high = (level + count if level < 0 else level for level in levels)
         if not 0 <= mid < high < count:
             raise UserError(
@@ -79,7 +78,7 @@ class ImageEncoder(nn.Module):
         return mid, high
 
     def forward(self, pixels: Tensor) -> ImageFeatures:
-        """[N, 3, H, W] normalised pixels -> two levels of regions, and the global vector."""
+        """Return both levels of regions and the global vector of normalised pixels [N, 3, H, W]."""
         mid, high = self.backbone.forward_intermediates(
             pixels, indices=list(self.levels), norm=False, output_fmt="NCHW", intermediates_only=True
         )
@@ -104,7 +103,7 @@ class ImageEncoder(nn.Module):
 
 
 def _final_norm(backbone: nn.Module, *, width: int) -> nn.Module | None:
-    """The backbone's own final LayerNorm (or RMSNorm) of that width, or None where it has none."""
+    """Return the backbone's final LayerNorm or RMSNorm of this width, or None."""
     for path in FINAL_NORMS:
         module: Any = backbone
         for part in path.split("."):
@@ -115,7 +114,7 @@ def _final_norm(backbone: nn.Module, *, width: int) -> nn.Module | None:
 
 
 def build_image_backbone(settings: ModelSettings, *, image_size: int, load_weights: bool, trust: bool) -> nn.Module:
-    """A timm model for pictures of that size, with the weights of `image_weights`."""
+    """Return a timm model for images of this size, with the weights of `image_weights`."""
     name, weights = settings.image_encoder, settings.image_weights
     from_hub = load_weights and weights == "pretrained"
     if not timm.is_model(name):
@@ -151,9 +150,9 @@ def build_image_backbone(settings: ModelSettings, *, image_size: int, load_weigh
 
 
 def _fitted(state: dict[str, torch.Tensor], backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict as timm fits it to the model (older namings, position embeddings of another picture size)."""
+    """Return the state dict converted by timm: older names, position embeddings of another image size."""
     own = backbone.state_dict()
-    for key, value in own.items():  # a Linear and a 1 x 1 convolution hold the same numbers
+    for key, value in own.items():  # a Linear and a 1 x 1 convolution have the same weights
         if (
             key in state
             and {state[key].ndim, value.ndim} == {2, 4}
@@ -166,26 +165,26 @@ def _fitted(state: dict[str, torch.Tensor], backbone: nn.Module) -> dict[str, to
     try:
         return convert(dict(state), backbone)
     except (KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
-        log.debug("timm does not know these weights (%s): taken as they are, and checked", error)
+        log.debug("timm cannot convert these weights (%s): used as they are, and checked", error)
         return state
 
 
 def names_of_convnext(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in the original ConvNeXt naming as timm names it; any other comes back as it is."""
+    """Return a state dict with original ConvNeXt names in timm's names; others are returned unchanged."""
     if "downsample_layers.0.0.weight" not in state:
         return dict(state)
     return {name_of_convnext(key): value for key, value in state.items()}
 
 
 def name_of_convnext(key: str) -> str:
-    """One name of the original ConvNeXt naming as timm has it: `stages.2.26.gamma` is `stages.2.blocks.26.gamma`."""
+    """Return timm's name of an original ConvNeXt name: `stages.2.26.gamma` is `stages.2.blocks.26.gamma`."""
     for pattern, replacement in CONVNEXT_NAMES:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def convnext_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Depths and widths of a ConvNeXt from its tensors in timm's naming, as timm's arguments."""
+    """Return depths and widths of a ConvNeXt from its tensors (timm's names), as arguments of timm."""
     depths: list[int] = []
     dims: list[int] = []
     while (block := f"stages.{len(depths)}.blocks.0.conv_dw.weight") in state:

@@ -1,4 +1,4 @@
-"""Any Hugging Face BERT-like encoder: mid tokens, high tokens and a global vector in one pass (METHOD section 1)."""
+"""Text encoder: a BERT-like transformers encoder with two feature levels and a global vector (METHOD section 1)."""
 
 import difflib
 import logging
@@ -21,23 +21,23 @@ log = logging.getLogger(__name__)
 
 
 class TextFeatures(NamedTuple):
-    """M texts after the backbone. Rows of padding hold values without a meaning."""
+    """Features of M texts. Values at padding are meaningless."""
 
     high: Tensor  # [M, W, C] tokens of the high level
     mid: Tensor  # [M, W, C] tokens of the mid level
-    pooled: Tensor  # [M, C] the pooler's output, or the first token's last state where there is no pooler
+    pooled: Tensor  # [M, C] output of the pooler, or last state of the first token without a pooler
 
 
 class TextEncoder(nn.Module):
-    """A transformers encoder that gives two of its hidden states and a global vector.
+    """A transformers encoder with two of its hidden states and a global vector.
 
-    Levels count as in `hidden_states`: 0 is the embedding output, k the output of layer k; negative ones from the end.
-    The global vector is the pooler's output; an encoder without a pooler (DistilBERT, ELECTRA, ModernBERT) gives the
-    last state of its first token ([CLS]). METHOD section 1.
+    Levels are indices into `hidden_states`: 0 is the embedding output, k the output of layer k; negative indices count
+    from the end. The global vector is the output of the pooler, or, without a pooler (DistilBERT, ELECTRA, ModernBERT),
+    the last state of the first token (METHOD section 1).
     """
 
     def __init__(self, *, backbone: Any, levels: tuple[int, ...], name: str = "") -> None:
-        """`backbone`: what `AutoModel` gives; `name`: what error messages call it."""
+        """backbone: a model of transformers' `AutoModel`. name: for error messages."""
         super().__init__()
         self.name = name or type(backbone).__name__
         self.width: int = backbone.config.hidden_size
@@ -48,7 +48,7 @@ class TextEncoder(nn.Module):
         self.backbone = backbone
 
     def _positions(self, levels: tuple[int, ...], count: int) -> tuple[int, int]:
-        """The two levels counted from 0."""
+        """Return both levels as indices from 0."""
         mid, high = (level + count if level < 0 else level for level in levels)
         if not (0 <= mid < count and 0 <= high < count):
             raise UserError(
@@ -59,17 +59,17 @@ class TextEncoder(nn.Module):
 
     @property
     def has_pooler(self) -> bool:
-        """Whether the global vector comes from a pooler (or else from the first token)."""
+        """Whether the global vector comes from a pooler."""
         return getattr(self.backbone, "pooler", None) is not None
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> TextFeatures:
-        """[M, W] int64 and [M, W] bool (True: a real token) -> two levels of tokens, and the global vector."""
+        """Return both levels of tokens and the global vector of token ids [M, W] with a mask (True: a real token)."""
         if token_ids.shape[1] > self.max_tokens:
             raise UserError(
                 f"captions of {token_ids.shape[1]} tokens, but text_encoder={self.name!r} has positions for "
                 f"{self.max_tokens}: set max_text_len={self.max_tokens} or less"
             )
-        # Padding is masked by id too: RoBERTa counts its positions by what is not the pad token.
+        # RoBERTa derives positions from the padding id, so padding must have that id too.
         outputs = self.backbone(
             input_ids=token_ids.masked_fill(~token_mask, self.pad_id),
             attention_mask=token_mask.long(),
@@ -82,14 +82,14 @@ class TextEncoder(nn.Module):
 
 
 def _max_tokens(backbone: nn.Module) -> int:
-    """How many tokens a caption may have: the position embeddings, less those that RoBERTa's kin keep for padding."""
+    """Return the largest number of tokens: the position embeddings, less those that RoBERTa reserves for padding."""
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
     offset = getattr(table, "padding_idx", None)
     return getattr(backbone.config, "max_position_embeddings", 1 << 30) - (0 if offset is None else offset + 1)
 
 
 class Vocabulary(Protocol):
-    """What the model must know of a tokenizer."""
+    """The part of a tokenizer that the model needs."""
 
     pad_token_id: int | None
 
@@ -104,7 +104,7 @@ def build_text_backbone(
     config: dict[str, Any] | None,
     trust: bool,
 ) -> PreTrainedModel:
-    """A transformers encoder with the weights of `text_weights`."""
+    """Return a transformers encoder with the weights of `text_weights`."""
     name, weights = settings.text_encoder, settings.text_weights
     if config is not None:
         return _random_text(_config_of_type({**config}))
@@ -134,21 +134,21 @@ def build_text_backbone(
 
 
 def check_vocabulary(tokenizer: Vocabulary, backbone: PreTrainedModel, *, name: str) -> None:
-    """Every token that the tokenizer gives must have a place in the text encoder's table; `name`: whose encoder."""
+    """Raise `UserError` if the tokenizer has more tokens than the text encoder; `name` identifies the encoder."""
     if len(tokenizer) > backbone.config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} words, but {name} knows only {backbone.config.vocab_size}: set "
-            "tokenizer to the one that belongs to the encoder"
+            f"the tokenizer has {len(tokenizer)} tokens, but {name} only {backbone.config.vocab_size}: set tokenizer "
+            "to the one of the encoder"
         )
 
 
 def config_of_state(
     settings: ModelSettings, state: Mapping[str, torch.Tensor], *, source: str | Path, tokenizer: Vocabulary | None
 ) -> dict[str, Any]:
-    """The config of the text encoder whose tensors are `state`: its kind from the settings, its sizes from the tensors.
+    """Return the config of the text encoder with tensors `state`: type from the settings, sizes from the tensors.
 
-    A BERT's tensors tell all its sizes. RoBERTa and others carry the same names and count positions otherwise: their
-    kind has to be named, as a model type, a folder with a config.json, or a hub name that is in the cache.
+    The tensors of a BERT determine all its sizes. RoBERTa and others have the same names but other positions: the
+    settings must give their model type, a folder with a config.json, or a hub name that is in the cache.
     """
     name = settings.text_encoder
     try:
@@ -167,7 +167,7 @@ def config_of_state(
 
 
 def _text_from_hub(settings: ModelSettings) -> PreTrainedModel:
-    """The encoder of that hub name, from the hub or from its cache."""
+    """Return the encoder of a hub name, from the hub or its cache."""
     name = settings.text_encoder
     try:
         backbone, info = AutoModel.from_pretrained(
@@ -185,7 +185,7 @@ def _text_from_hub(settings: ModelSettings) -> PreTrainedModel:
 
 
 def _random_text(config: PretrainedConfig) -> PreTrainedModel:
-    """An encoder of that config, in float32, its weights random."""
+    """Return an encoder of this config with random float32 weights."""
     _check_kind(config)
     try:
         return AutoModel.from_config(config).float()
@@ -196,13 +196,13 @@ def _random_text(config: PretrainedConfig) -> PreTrainedModel:
 def _check_kind(config: PretrainedConfig) -> None:
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise UserError(
-            f"text_encoder of type {config.model_type!r}: expected an encoder that reads both ways, as a masked "
-            "language model does, such as bert, roberta, mpnet or distilbert"
+            f"text_encoder of type {config.model_type!r}: expected a bidirectional encoder (a masked "
+            "language model), such as bert, roberta, mpnet or distilbert"
         )
 
 
 def _text_config(settings: ModelSettings, **sizes: int | None) -> PretrainedConfig:
-    """The config behind `text_encoder`: a folder, a model type, or a hub name."""
+    """Return the config of `text_encoder`: a folder, a model type, or a hub name."""
     name, arguments = settings.text_encoder, {**sizes, **settings.text_encoder_args}
     if Path(name).is_dir():
         return _read_config(Path(name), arguments)
@@ -241,23 +241,23 @@ def _read_config(folder: Path, arguments: dict[str, Any]) -> PretrainedConfig:
 
 
 def names_of_bert(state: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
-    """A BERT state dict as transformers names it now: without `prefix.`, LayerNorm gamma/beta as weight/bias."""
+    """Return a BERT state dict in current names: without `prefix.`, LayerNorm gamma/beta as weight/bias."""
     inside = any(key.startswith(f"{prefix}.") for key in state)
     renamed = {}
     for key, value in state.items():
         if inside and not key.startswith(f"{prefix}."):
-            continue  # heads of pretraining beside the encoder
+            continue  # pretraining heads
         renamed[name_of_bert(key.removeprefix(f"{prefix}."))] = value
     return renamed
 
 
 def name_of_bert(key: str) -> str:
-    """One name of a BERT without the names that its first, TensorFlow, files gave to LayerNorm."""
+    """Return the current name of a BERT tensor; TensorFlow files call LayerNorm's parameters gamma and beta."""
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key))
 
 
 def bert_sizes(state: Mapping[str, Tensor], *, source: str | Path) -> dict[str, Any]:
-    """The sizes of a BERT from its tensors, as fields of its config; heads are 64 wide, as in every published BERT."""
+    """Return the sizes of a BERT from its tensors as config fields; heads are 64 wide, as in all published BERTs."""
     layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.layer\.(\d+)\.", key))}
     names = {name: f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")}
     if not layers or any(key not in state for key in names.values()):

@@ -1,4 +1,4 @@
-"""Weights files: reading them safely, and loading them with a check that names the file, the keys and the shapes."""
+"""Weights files: safe reading, and loading with errors that name the file, the keys and the shapes."""
 
 import json
 import pickle
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from hacan.errors import UserError
 
-# What checkpoints of this field call the weights inside, the one that is used first.
+# Keys of the state dict inside checkpoints, in order of preference.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module", "model_ema", "net")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class BrokenFileError(UserError):
-    """A file that is not whole, or not what its name says."""
+    """A truncated or damaged file, or one of another type than its name says."""
 
 
 def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
-    """What a .safetensors, .pth, .pt, .bin or .ckpt file holds.
+    """Return the content of a .safetensors, .pth, .pt, .bin or .ckpt file.
 
-    Pickles are read with `weights_only=True`: tensors and plain values, no code. `trust` reads any pickle, which can
-    run code of whoever wrote it.
+    Pickles are read with `weights_only=True`: tensors and plain values. With `trust` any pickle is read, which can run
+    code.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,14 +41,14 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         if wanted is None:
             raise BrokenFileError(f"{path} is broken, truncated or no weights file") from error
         raise UserError(
-            f"{path} is a pickle of more than tensors (it wants {wanted}), which could run code: not read. If you "
-            "trust whoever wrote it, add trust_checkpoint=True"
+            f"{path} is a pickle of more than tensors (it needs {wanted}), which can run code: not read. If you "
+            "trust its author, add trust_checkpoint=True"
         ) from error
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ImportError as error:
         raise UserError(f"{path} is a pickle that needs the module {error.name!r}, which is not installed") from error
-    except Exception as error:  # an unpickler that is fed noise raises anything; the cause is kept
+    except Exception as error:  # unpickling noise raises many kinds of errors
         raise BrokenFileError(f"{path} is broken, truncated or no weights file") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors (a state dict)")
@@ -56,7 +56,7 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
 
 
 def read_state(path: str | Path, *, trust: bool = False) -> dict[str, Tensor]:
-    """The state dict of a weights file, or of the weights file(s) in a Hugging Face folder."""
+    """Return the state dict of a weights file or of a Hugging Face folder."""
     path = Path(path)
     if path.is_dir():
         return _read_folder(path, trust=trust)
@@ -64,7 +64,7 @@ def read_state(path: str | Path, *, trust: bool = False) -> dict[str, Tensor]:
 
 
 def tensors_of(content: Mapping[str, Any], *, source: str | Path) -> dict[str, Tensor]:
-    """The tensors of what a file holds: those of the container inside it (`state_dict`, `model`, ...) or its own."""
+    """Return the tensors of a file's content: those below `state_dict`, `model`, ..., or its own."""
     for name in CONTAINERS:
         if isinstance(content.get(name), Mapping):
             content = content[name]
@@ -72,7 +72,7 @@ def tensors_of(content: Mapping[str, Any], *, source: str | Path) -> dict[str, T
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{source} holds no tensors; its keys are {_some(list(content))}")
-    if all(key.startswith("module.") for key in state):  # what DataParallel adds
+    if all(key.startswith("module.") for key in state):  # added by DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
 
@@ -80,9 +80,9 @@ def tensors_of(content: Mapping[str, Any], *, source: str | Path) -> dict[str, T
 def load_exactly(
     module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path, optional: str = ""
 ) -> list[str]:
-    """Load `state` into `module`; missing keys and other shapes raise a UserError that names the file.
+    """Load `state` into `module`; raise `UserError` with the file if keys are missing or shapes differ.
 
-    Keys that the module has no place for are left out. Keys that start with `optional` may be missing. Returns those.
+    Additional keys are ignored. Keys that start with `optional` may be missing; they are returned.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -104,19 +104,19 @@ def load_exactly(
 
 
 def weights_at(key: str, path: str, *, trust: bool) -> dict[str, Tensor]:
-    """The state dict at the path that the config key `key` names."""
+    """Return the state dict at the path of the config key `key`."""
     if not Path(path).exists():
         raise UserError(f"{key}={path}: there is no such file or folder; give a path, `pretrained` or `random`")
     return read_state(path, trust=trust)
 
 
 def no_hub_weights(kind: str, name: str, hub_id: str, error: Exception) -> str:
-    """One line for weights that could not be had: which, where they were looked for, how to give a path."""
+    """Return the error message for weights that the hub and its cache do not have."""
     reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
     return (
         f"no weights for {kind}_encoder={name!r}: {hub_id} is neither a folder here nor in the cache "
-        f"{hub.HF_HUB_CACHE}, and the hub did not give it ({reason}). Give a local path, {kind}_weights=PATH, or "
-        f"{kind}_weights=random to start from nothing"
+        f"{hub.HF_HUB_CACHE}, and the hub did not provide it ({reason}). Give a local path, {kind}_weights=PATH, or "
+        f"{kind}_weights=random to train from scratch"
     )
 
 
@@ -125,19 +125,19 @@ def _read_folder(folder: Path, *, trust: bool) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return read_state(folder / name, trust=trust)
         index = folder / f"{name}.index.json"
-        if index.is_file():  # weights cut into several files
+        if index.is_file():  # sharded weights
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             return {key: value for file in files for key, value in read_state(folder / file, trust=trust).items()}
     raise UserError(f"{folder} has no weights: expected one of {', '.join(FOLDER_FILES)} in it")
 
 
 def _some(keys: list[Any], count: int = 3) -> str:
-    """The first keys, and how many more there are."""
+    """Return the first keys and the number of the others."""
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
     return ", ".join(str(key) for key in keys[:count]) + more
 
 
 def _wanted_code(error: Exception) -> str | None:
-    """What a refused pickle asked for, out of PyTorch's long message; None where it is not a whole pickle at all."""
+    """Return the class or function that a refused pickle needs, or None if the pickle is broken."""
     found = re.search(r"GLOBAL (\S+)|(?:class|global|function|type) (\S+\.\S+)", str(error))
     return (found[1] or found[2]) if found else None

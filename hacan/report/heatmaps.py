@@ -1,4 +1,4 @@
-"""Word-by-region heatmaps of one picture and one caption, laid over the picture that the model sees.
+"""Word-by-region heatmaps of one image and one caption, laid over the image that the model sees.
 
 >>> model = hacan.load_pretrained("exported")
 >>> found = explain(model, "dog.jpg", "a dog on a beach")
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STREAM_NAMES = {"ksf": "KSF", "lrg_high": "LRG high", "lrg_mid": "LRG mid"}
 COLORMAP = "inferno"  # perceptually even; dark where the weight is small
-ALPHA = 0.75  # where the value is highest; the lowest values take FAINT of it, so that the picture stays clear there
+ALPHA = 0.75  # where the value is highest; the lowest values take FAINT of it, so that the image stays clear there
 FAINT = 0.35
 WORDS_PER_LINE = 8  # of a figure
 
@@ -63,7 +63,7 @@ class StreamMaps(NamedTuple):
 class Explanation(NamedTuple):
     """A pair, and what each stream looked at for each word."""
 
-    picture: np.ndarray  # [H, W, 3] uint8 RGB: what the model sees of the picture
+    picture: np.ndarray  # [H, W, 3] uint8 RGB: what the model sees of the image
     caption: str
     words: list[Word]
     streams: list[StreamMaps]
@@ -75,10 +75,10 @@ class Explanation(NamedTuple):
 
 
 def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: str) -> Explanation:
-    """The heatmaps of a picture (a file, or uint8 [H, W, 3] RGB) and a caption; pieces of a word are averaged."""
+    """The heatmaps of a image (a file, or uint8 [H, W, 3] RGB) and a caption; pieces of a word are averaged."""
     array, caption = picture if isinstance(picture, np.ndarray) else read_image(picture), _whole(caption)
     size = pretrained.image_size
-    seen = picture_of(preprocess_image(array, image_size=size, centre_crop=pretrained.centre_crop))
+    seen = image_of_pixels(preprocess_image(array, image_size=size, centre_crop=pretrained.centre_crop))
     attention = pair_attention(
         pretrained.model.alignment, pretrained.encode_images([array]), pretrained.encode_texts([caption])
     )
@@ -113,8 +113,8 @@ def words_of(caption: str, tokenizer: PreTrainedTokenizerBase, *, max_text_len: 
     return words
 
 
-def picture_of(pixels: Tensor) -> np.ndarray:
-    """Normalised pixels [3, H, W] -> the picture again, [H, W, 3] uint8 RGB."""
+def image_of_pixels(pixels: Tensor) -> np.ndarray:
+    """Normalised pixels [3, H, W] -> the image again, [H, W, 3] uint8 RGB."""
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
@@ -128,7 +128,7 @@ def upsample(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, grid: np.ndarray, low: float, high: float, *, alpha: float = ALPHA) -> np.ndarray:
-    """The map [rows, columns] as colours from `low` to `high`, over the picture [H, W, 3] uint8 -> its shape."""
+    """The map [rows, columns] as colours from `low` to `high`, over the image [H, W, 3] uint8 -> its shape."""
     values = upsample(grid, *picture.shape[:2])
     scaled = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
     colours = colormaps[COLORMAP](scaled)[..., :3] * 255
@@ -172,7 +172,7 @@ def save_figure(found: Explanation, path: Path, *, alpha: float = ALPHA) -> None
     """Write the figure; the ending of `path` says the format."""
     formats = ("png", "jpg", "jpeg", "pdf", "svg", "webp")
     if path.suffix.lower().removeprefix(".") not in formats:
-        raise UserError(f"{path} names no picture format: end it in .{', .'.join(formats)}")
+        raise UserError(f"{path} names no image format: end it in .{', .'.join(formats)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure(found, alpha=alpha).savefig(path, dpi=110)

@@ -122,7 +122,7 @@ def coco_ids(
     numbers = [re.search(r"(\d+)$", Path(path).stem) for path in paths]
     unnamed = [path for path, number in zip(paths, numbers, strict=True) if number is None]
     if unnamed:
-        raise UserError(f"{unnamed[0]} is not named as COCO names its pictures (COCO_val2014_000000391895.jpg)")
+        raise UserError(f"{unnamed[0]} is not named as COCO names its images (COCO_val2014_000000391895.jpg)")
     images = [int(number.group(1)) for number in numbers if number is not None]
     known = _annotations_by_words(annotations)
     found = []

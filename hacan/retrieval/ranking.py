@@ -1,7 +1,7 @@
-"""Hierarchical inference (METHOD section 6): coarse scores, the top K of them, fine scores of those only.
+"""Coarse-to-fine ranking (METHOD section 6): coarse scores of all pairs, a shortlist of K, fine scores of those.
 
-One rule orders everything: higher scores first; among equal scores wrong items before correct ones, so that a tie
-counts against us, at the border of the shortlist too; among equals of one kind the earlier item first.
+One order is used everywhere: higher scores first; among equal scores wrong items before correct ones, so that ties
+count against the model, also at the border of the shortlist; among equal items of one kind the earlier one first.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,29 +14,29 @@ from tqdm import tqdm
 from hacan.retrieval.metrics import check_scores, ranks_of_first_match
 from hacan.types import RetrievalResult
 
-# Images (coarse, fine) and texts handled at a time. Blocks begin at multiples of these whatever the shard, so that a
-# score never depends on the number of processes: a matrix product may round differently when its shape differs.
+# Block sizes. Blocks start at multiples of these for every number of processes, because a matrix product can round
+# differently when its shape differs.
 COARSE_IMAGES = 256
 TEXTS = 4096
 FINE_IMAGES = 16
 
 
 class Shortlists(NamedTuple):
-    """The coarse stage's answer for a gallery of N images and M texts: the best K items of every query, best first."""
+    """The K best items of every query by the coarse score, best first; N images and M texts."""
 
-    texts: Tensor  # [N, K] int64, texts of the shortlist of each image
+    texts: Tensor  # [N, K] int64, texts of each image
     texts_coarse: Tensor  # [N, K] float32, their coarse scores
-    images: Tensor  # [M, K] int64, images of the shortlist of each text
+    images: Tensor  # [M, K] int64, images of each text
     images_coarse: Tensor  # [M, K] float32
 
 
 def rank_shortlists(coarse: Tensor, fine: Tensor, image_of_text: Tensor, *, top_k: int) -> RetrievalResult:
-    """Ranks of coarse-to-fine retrieval from full score matrices, both ways.
+    """Return the ranks of coarse-to-fine retrieval from full score matrices, in both directions.
 
-    coarse, fine [N, M] image by text, image_of_text [M]; ranks from 0 as float64, inf where no correct item is in the
-    shortlist. K beyond the gallery is the gallery; then the ranks are those of brute force on `fine`, ties included.
+    coarse, fine [N, M] image by text, image_of_text [M]. Ranks are float64 from 0, inf if no correct item is in the
+    shortlist. With K of at least the gallery size they equal those of brute force on `fine`.
     """
-    image_of_text, coarse, fine = image_of_text.cpu(), _wide(coarse), _wide(fine)
+    image_of_text, coarse, fine = image_of_text.cpu(), _on_cpu(coarse), _on_cpu(fine)
     _check_gallery(coarse.shape, image_of_text, top_k)
     if fine.shape != coarse.shape:
         raise ValueError(f"fine is {tuple(fine.shape)} and coarse {tuple(coarse.shape)}; pass scores of the same pairs")
@@ -49,17 +49,17 @@ def rank_shortlists(coarse: Tensor, fine: Tensor, image_of_text: Tensor, *, top_
 def shortlists(
     coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, images: int, top_k: int, progress: bool = True
 ) -> Shortlists:
-    """The best K texts of every image and the best K images of every text, by the coarse score.
+    """Return the K best texts of every image and the K best images of every text, by the coarse score.
 
-    coarse(rows) gives the scores [n, M] of a slice of the images against all texts: it is asked for every image once, a
-    block at a time, and the [N, M] matrix is never held. image_of_text [M]; K beyond the gallery is the gallery.
+    coarse(rows) returns the scores [n, M] of a slice of the images; it is called once per block, and the [N, M] matrix
+    is never stored. image_of_text [M].
     """
     texts = len(image_of_text)
     _check_gallery((images, texts), image_of_text, top_k)
     k_texts, k_images = min(top_k, texts), min(top_k, images)
     of_images: list[tuple[Tensor, Tensor]] = []
-    # The running best images of every text, in parts of some texts. Blocks arrive in the order of the images, so that
-    # the place in [running best, block] keeps the order of equals.
+    # The best images so far of every text, in parts of TEXTS texts. Blocks come in the order of the images, so the
+    # position in [best so far, block] keeps the order of equal items.
     of_texts = [
         (torch.empty(len(part), 0, dtype=torch.int64), torch.empty(len(part), 0)) for part in image_of_text.split(TEXTS)
     ]
@@ -72,7 +72,7 @@ def shortlists(
                 f"{(rows.stop - rows.start, texts)}, one row per image and one column per text"
             )
         check_scores("coarse", scores)
-        scores = _wide(scores)
+        scores = _on_cpu(scores)
         block = torch.arange(rows.start, rows.stop)
         top = best_places(scores, block[:, None] == image_of_text[None, :], k_texts)
         of_images.append((top, scores.gather(1, top)))
@@ -89,17 +89,17 @@ def shortlists(
 def coarse_ranks(
     coarse: Callable[[slice], Tensor], image_of_text: Tensor, *, images: int, progress: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Ranks by the coarse score alone over the whole gallery: image to text [N], text to image [M], float64 from 0.
+    """Return the ranks by the coarse score alone over the whole gallery: [N] and [M], float64 from 0.
 
-    Asks for every block of images twice (a text can be ranked only once its own image's score is known); give it
-    scores that are kept, such as SpooledScores, where they are dear.
+    Every block of images is requested twice, because a text can be ranked only when the score of its own image is
+    known; pass `CachedScores` if scores are expensive.
     """
     texts = torch.arange(len(image_of_text))
     ranks_i2t: list[Tensor] = []
     own: Tensor | None = None
     bar = tqdm(total=2 * images, desc="coarse ranks", unit="image", delay=2, disable=not progress)
     for rows in _blocks(images, COARSE_IMAGES):
-        scores = _wide(coarse(rows))
+        scores = _on_cpu(coarse(rows))
         block = torch.arange(rows.start, rows.stop)
         ranks_i2t.append(ranks_of_first_match(scores, query_images=block, item_images=image_of_text))
         own = scores.new_empty(len(texts)) if own is None else own
@@ -110,14 +110,14 @@ def coarse_ranks(
     ranks_t2i = torch.zeros(len(texts), dtype=torch.float64)
     for rows in _blocks(images, COARSE_IMAGES):
         wrong = torch.arange(rows.start, rows.stop)[:, None] != image_of_text
-        ranks_t2i += ((_wide(coarse(rows)) >= own) & wrong).sum(0)
+        ranks_t2i += ((_on_cpu(coarse(rows)) >= own) & wrong).sum(0)
         bar.update(len(wrong))
     bar.close()
     return torch.cat(ranks_i2t), ranks_t2i
 
 
 def rank_by_fine(lists: Shortlists, fine_texts: Tensor, fine_images: Tensor, image_of_text: Tensor) -> RetrievalResult:
-    """Ranks within the shortlists by the fine scores of their entries, fine_texts [N, K] and fine_images [M, K]."""
+    """Return the ranks within the shortlists by the fine scores of their entries, [N, K] and [M, K]."""
     check_scores("fine", fine_texts)
     check_scores("fine", fine_images)
     owners = torch.arange(len(lists.texts))[:, None]
@@ -127,14 +127,11 @@ def rank_by_fine(lists: Shortlists, fine_texts: Tensor, fine_images: Tensor, ima
 
 
 def best_places(scores: Tensor, correct: Tensor, k: int) -> Tensor:
-    """Places of the k best items of every row, best first: high scores, then wrong items, then early places.
-
-    scores [Q, G], correct [Q, G] bool; [Q, k] int64.
-    """
+    """Return the positions [Q, k] of the k best items of every row, best first: scores and correct [Q, G]."""
     if k >= scores.shape[1]:
         return _ordered(scores, correct)[:, :k]
     top = scores.topk(k, sorted=True)
-    # topk picks any of those that tie at the border; where some of them had to stay outside, the rule picks.
+    # topk chooses arbitrarily among ties at the border; rows with such ties are ordered completely.
     crowded = (scores >= top.values[:, -1:]).sum(1) > k
     places = top.indices.sort(1).values
     places = places.gather(1, _ordered(scores.gather(1, places), correct.gather(1, places)))
@@ -144,31 +141,28 @@ def best_places(scores: Tensor, correct: Tensor, k: int) -> Tensor:
 
 
 def _ordered(scores: Tensor, correct: Tensor) -> Tensor:
-    """All places of every row in the order of the rule: two stable sorts, the second key first."""
+    """Return all positions of every row in order, by two stable sorts with the second key first."""
     by_kind = correct.to(torch.uint8).sort(dim=1, stable=True).indices
     by_score = scores.gather(1, by_kind).sort(dim=1, descending=True, stable=True).indices
     return by_kind.gather(1, by_score)
 
 
 def _rerank(items: Tensor, fine: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank of the first correct item of every row, and the items in the order of their fine scores."""
-    order = _ordered(_wide(fine), correct)
+    """Return the rank of the first correct item of every row, and the items in the order of their fine scores."""
+    order = _ordered(_on_cpu(fine), correct)
     hit = correct.gather(1, order)
     ranks = hit.to(torch.uint8).argmax(1).double().masked_fill(~hit.any(1), torch.inf)
     return ranks, items.gather(1, order)
 
 
 class HierarchicalRetriever:
-    """Coarse scores of everything, fine scores of the shortlists only, each listed pair once, in one or more processes.
+    """Both stages on score functions, in one or several processes; every listed pair is scored once.
 
-    It knows no model: `coarse(rows) -> [n, M]` scores a slice of the images against all texts, and
-    `score_pairs(pairs [P, 2]) -> [P]` scores listed pairs (image, text), sorted by image. A pair in the shortlist of
-    its image and of its text is scored once.
+    coarse(rows) -> [n, M] scores a slice of the images and all texts; score_pairs(pairs [P, 2]) -> [P] scores listed
+    pairs (image, text), sorted by image. add_coarse: fine = coarse + score_pairs, as in the first release.
 
-    add_coarse: fine = coarse + score_pairs, as in the first release (METHOD section 6, coarse="release").
-
-    With several processes every one calls `shortlists()` (the same everywhere) and `fine_shard(...)`; the shards, put
-    together by `merge_shards`, give exactly the scores of one process, because blocks of pairs are cut the same way.
+    With several processes each calls `shortlists()` and `fine_shard(...)`. `merge_shards` combines the shards to
+    exactly the scores of a single process.
     """
 
     def __init__(
@@ -188,28 +182,27 @@ class HierarchicalRetriever:
         self._add_coarse, self._progress = add_coarse, progress
 
     def __call__(self) -> RetrievalResult:
-        """Both stages in this process alone."""
+        """Return the ranks, computed in this process alone."""
         lists = self.shortlists()
         pairs = listed_pairs(lists)
         return self.rank(lists, pairs, merge_shards(pairs, [self.fine_shard(pairs)]))
 
     def shortlists(self) -> Shortlists:
-        """The coarse stage over the whole gallery."""
+        """Return the shortlists of the coarse stage."""
         return shortlists(
             self._coarse, self._image_of_text, images=self._images, top_k=self._top_k, progress=self._progress
         )
 
     def fine_shard(self, pairs: Tensor, *, rank: int = 0, world_size: int = 1) -> Tensor:
-        """Scores of the pairs that process `rank` of `world_size` answers for, in the order of `pairs`."""
+        """Return the scores of the pairs of process `rank` of `world_size`, in the order of `pairs`."""
         parts = [self._scored(pairs[rows]) for rows in _shard_blocks(pairs, rank, world_size, progress=self._progress)]
         return torch.cat(parts) if parts else torch.empty(0)
 
     def rank(self, lists: Shortlists, pairs: Tensor, scores: Tensor) -> RetrievalResult:
-        """Ranks from the merged scores [P] of `pairs`."""
+        """Return the ranks from the merged scores [P] of `pairs`."""
         texts = len(self._image_of_text)
         keys = pairs[:, 0] * texts + pairs[:, 1]
-        of_images = torch.arange(len(lists.texts))[:, None] * texts + lists.texts
-        of_texts = lists.images * texts + torch.arange(texts)[:, None]
+        of_images, of_texts = _keys_of_lists(lists)
         fine_texts = scores[torch.searchsorted(keys, of_images)]
         fine_images = scores[torch.searchsorted(keys, of_texts)]
         if self._add_coarse:
@@ -221,20 +214,23 @@ class HierarchicalRetriever:
         if scores.shape != (len(pairs),):
             raise ValueError(f"score_pairs gave {tuple(scores.shape)} for {len(pairs)} pairs; expected one score each")
         check_scores("fine", scores[None])
-        return _wide(scores)
+        return _on_cpu(scores)
 
 
 def listed_pairs(lists: Shortlists) -> Tensor:
-    """Every (image, text) pair of the shortlists of both directions once, sorted by image, then text: [P, 2] int64."""
+    """Return every (image, text) pair of the shortlists once, sorted by image, then text: [P, 2] int64."""
+    keys = torch.cat([part.flatten() for part in _keys_of_lists(lists)]).unique()
+    return torch.stack([keys // len(lists.images), keys % len(lists.images)], 1)
+
+
+def _keys_of_lists(lists: Shortlists) -> tuple[Tensor, Tensor]:
+    """Return image * M + text of every entry of the shortlists, [N, K] and [M, K]."""
     images, texts = len(lists.texts), len(lists.images)
-    of_images = torch.arange(images)[:, None] * texts + lists.texts
-    of_texts = lists.images * texts + torch.arange(texts)[:, None]
-    keys = torch.cat([of_images.flatten(), of_texts.flatten()]).unique()
-    return torch.stack([keys // texts, keys % texts], 1)
+    return torch.arange(images)[:, None] * texts + lists.texts, lists.images * texts + torch.arange(texts)[:, None]
 
 
 def merge_shards(pairs: Tensor, shards: list[Tensor]) -> Tensor:
-    """Scores [P] of all pairs from the shards of all processes, in the order of their ranks."""
+    """Return the scores [P] of all pairs from the shards of all processes, by rank."""
     scores = torch.full((len(pairs),), torch.nan, dtype=torch.cat(shards).dtype)
     for rank, shard in enumerate(shards):
         blocks = list(_shard_blocks(pairs, rank, len(shards), progress=False))
@@ -242,28 +238,22 @@ def merge_shards(pairs: Tensor, shards: list[Tensor]) -> Tensor:
         if len(places) != len(shard):
             raise ValueError(
                 f"shard {rank} of {len(shards)} holds {len(shard)} scores for {len(places)} pairs; pass the shards of "
-                "every process, in the order of their ranks, made from the same pairs"
+                "all processes, by rank, made from the same pairs"
             )
         scores[places] = shard.to(scores.dtype)
     return scores
 
 
 def _shard_blocks(pairs: Tensor, rank: int, world_size: int, *, progress: bool) -> Iterator[slice]:
-    """Slices of `pairs` for one process: every world_size-th block of FINE_IMAGES images, empty ones left out."""
+    """Yield the slices of `pairs` for one process: every world_size-th block of FINE_IMAGES images, if not empty."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of world_size {world_size}; pass 0 <= rank < world_size")
     block_of_pair = pairs[:, 0] // FINE_IMAGES
     blocks = int(block_of_pair[-1]) + 1 if len(pairs) else 0
     bounds = torch.searchsorted(block_of_pair, torch.arange(blocks + 1)).tolist()
     mine = [slice(bounds[block], bounds[block + 1]) for block in range(rank, blocks, world_size)]
-    bar = tqdm(
-        total=sum(rows.stop - rows.start for rows in mine),
-        desc="fine",
-        unit="pair",
-        unit_scale=True,
-        delay=2,
-        disable=not progress,
-    )
+    total = sum(rows.stop - rows.start for rows in mine)
+    bar = tqdm(total=total, desc="fine", unit="pair", unit_scale=True, delay=2, disable=not progress)
     for rows in mine:
         if rows.stop > rows.start:
             yield rows
@@ -271,8 +261,8 @@ def _shard_blocks(pairs: Tensor, rank: int, world_size: int, *, progress: bool) 
     bar.close()
 
 
-def _wide(scores: Tensor) -> Tensor:
-    """Scores on the CPU, where rankings are made, in at least float32."""
+def _on_cpu(scores: Tensor) -> Tensor:
+    """Return scores on the CPU, where they are ranked, in at least float32."""
     scores = scores.cpu()
     return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
 

@@ -1,4 +1,4 @@
-"""An index over a user's own pictures: `Index.open(path).search("two dogs run on grass")`."""
+"""An index over a user's own images: `Index.open(path).search("two dogs run on grass")`."""
 
 from hacan.search.index import Index, Result
 from hacan.search.sync import Update

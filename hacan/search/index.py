@@ -177,7 +177,7 @@ class Index:
         """Search by a sentence or by an image (a file, or uint8 [H, W, 3] RGB).
 
         Rank all items by the coarse cosine, re-rank the best `shortlist` by the fine similarity (METHOD section 6).
-        find: `texts` or `pictures`; by default images for a sentence, and for an image texts if there are any.
+        find: `texts` or `images`; by default images for a sentence, and for an image texts if there are any.
         """
         if bool(text.strip()) == (image is not None):
             raise UserError("give either a sentence or an image")
@@ -186,7 +186,7 @@ class Index:
         find = find or (TEXTS if image is not None and self.count(TEXTS) else PICTURES)
         if find not in (PICTURES, TEXTS) or (find == TEXTS and image is None):
             raise UserError(f"find={find!r} with {'an image' if image is not None else 'a sentence'}: a sentence finds "
-                            "pictures; an image finds texts or pictures")  # fmt: skip
+                            "images; an image finds texts or images")  # fmt: skip
         if find == TEXTS and not self.count(TEXTS):
             raise UserError(f"{self.path} holds no texts: add some with scripts/index.py --captions FILE.csv")
         query = self.pretrained.encode_texts([text]) if image is None else self.pretrained.encode_images([image])

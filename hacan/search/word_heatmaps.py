@@ -7,7 +7,7 @@ from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.images.preprocessing import preprocess_image
 from hacan.report.attention import pair_attention
-from hacan.report.heatmaps import Explanation, StreamMaps, picture_of, words_of
+from hacan.report.heatmaps import Explanation, StreamMaps, image_of_pixels, words_of
 from hacan.types import EncodedImages
 
 
@@ -26,5 +26,5 @@ def explain_features(pretrained: Pretrained, images: EncodedImages, picture: np.
         grid = mid if name == "lrg_mid" else high
         by_word = torch.stack([found.values[list(word.tokens)].mean(0) for word in words])
         streams.append(StreamMaps(name, by_word.view(-1, *grid).numpy(), found.unit, found.score))
-    seen = picture_of(preprocess_image(picture, image_size=size, centre_crop=pretrained.centre_crop))
+    seen = image_of_pixels(preprocess_image(picture, image_size=size, centre_crop=pretrained.centre_crop))
     return Explanation(seen, text, words, streams)

@@ -182,7 +182,7 @@ def caption_loop(name: str, direction: str, images: EncodedImages, texts: Encode
 
 def share_of_a_step(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """What alignment and losses take of a training step of batch 64 with frozen full-size encoders."""
-    part = 8  # pictures and captions go through the frozen encoders 8 at a time: nothing is kept between them
+    part = 8  # images and captions go through the frozen encoders 8 at a time: nothing is kept between them
     yield f"Share of alignment and losses in a training step of batch {BATCH}, encoders frozen (random weights)\n"
     yield "| form | direction | encoders, s | projections and the rest, s | alignment and losses, s | share |"
     yield "|---|---|---:|---:|---:|---:|"
@@ -306,7 +306,7 @@ def full_size_model(device: torch.device) -> torch.nn.Module:
 
 
 def repeat(features: tuple, times: int) -> tuple:
-    """The features of a batch that holds the same pictures several times."""
+    """The features of a batch that holds the same images several times."""
     return type(features)(
         *(field.repeat(times, *[1] * (field.ndim - 1)) if isinstance(field, Tensor) else field for field in features)
     )

@@ -21,7 +21,7 @@ import numpy as np
 from synthetic_vectors import Embeddings
 from tqdm import tqdm
 
-K, QUERIES, BATCH = 50, 20, 16  # BATCH: pictures that an indexing stores at a time
+K, QUERIES, BATCH = 50, 20, 16  # BATCH: images that an indexing stores at a time
 GONE = 100
 
 

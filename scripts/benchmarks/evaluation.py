@@ -2,10 +2,10 @@
 
     python scripts/benchmarks/evaluation.py                       # 5,000 images, 25,000 captions; fine stage on a share
     python scripts/benchmarks/evaluation.py --share 1             # the whole fine stage
-    python scripts/benchmarks/evaluation.py --only encoding       # full-size encoders on drawn pictures
+    python scripts/benchmarks/evaluation.py --only encoding       # full-size encoders on drawn images
 
 The first part never runs an encoder: features are drawn, so that the memory is that of the evaluation. The second runs
-the bare backbones and `encode_gallery` over the same pictures and captions, in turns, and prints the ratio.
+the bare backbones and `encode_gallery` over the same images and captions, in turns, and prints the ratio.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--score-memory", type=int, default=256, help="MiB")
     parser.add_argument("--feature-memory", type=int, default=8192, help="MiB; less than the features: mapped files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--encoded-images", type=int, default=64, help="pictures of the second part")
+    parser.add_argument("--encoded-images", type=int, default=64, help="images of the second part")
     parser.add_argument("--turns", type=int, default=3, help="of the second part")
     options = parser.parse_args(arguments)
     print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {' '.join(sys.argv)}\n")
@@ -198,7 +198,7 @@ def alignment_alone(alignment: torch.nn.Module, device: torch.device) -> Scorer:
 
 
 def benchmark_encoding(options: argparse.Namespace) -> None:
-    """The bare backbones against `encode_gallery`, over the same pictures and captions, in one run."""
+    """The bare backbones against `encode_gallery`, over the same images and captions, in one run."""
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         data = drawn_data(Path(folder), options)
@@ -243,7 +243,7 @@ def benchmark_encoding(options: argparse.Namespace) -> None:
             ]
     forward, encoding = map(min, zip(*times, strict=True))  # the turn that other work on the machine disturbed least
     print(
-        f"\n{len(split.paths)} pictures of 500 x 375 pixels and {len(split.captions)} captions, convnext_base and "
+        f"\n{len(split.paths)} images of 500 x 375 pixels and {len(split.captions)} captions, convnext_base and "
         f"bert-base of random weights, the faster of {options.turns} turns each:\n"
         f"bare forward passes of both backbones {forward:.2f} s; encode_gallery (decoding, projections, aggregators, "
         f"features cached on disk) {encoding:.2f} s; ratio {encoding / forward:.3f}\n"
@@ -252,7 +252,7 @@ def benchmark_encoding(options: argparse.Namespace) -> None:
 
 
 def drawn_data(folder: Path, options: argparse.Namespace) -> PairDataModule:
-    """A test split of noise pictures (JPEG) with captions of 8 to 14 words."""
+    """A test split of noise images (JPEG) with captions of 8 to 14 words."""
     generator = np.random.default_rng(0)
     records = []
     for image in range(options.encoded_images):

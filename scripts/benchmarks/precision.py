@@ -1,6 +1,6 @@
 """What reduced precision does to the recalls of a trained model: of its encoders and of its features.
 
-    python scripts/benchmarks/precision.py result/demo/1/checkpoints/best.ckpt    # the demo's test pictures
+    python scripts/benchmarks/precision.py result/demo/1/checkpoints/best.ckpt    # the demo's test images
 
 Every row ranks the same split by hierarchical inference. Encoders: autocast around them. Features: regions and tokens
 rounded to that type, as an evaluation keeps them (float16); global embeddings stay float32, as there. Scores are

@@ -1,9 +1,9 @@
-"""Times a search of an index at full size: the whole query, and the coarse stage alone over more and more pictures.
+"""Times a search of an index at full size: the whole query, and the coarse stage alone over more and more images.
 
     python scripts/benchmarks/search.py [--pictures 10000] [--coarse 1000 10000 100000] [--threads 2]
 
 The model has the full sizes (ConvNeXt-Base, BERT-Base, width 768, 49 and 196 regions) and random weights; the features
-are synthetic. Needs 3.8 GB of disk for 10,000 pictures. Run it with nothing else on the machine.
+are synthetic. Needs 3.8 GB of disk for 10,000 images. Run it with nothing else on the machine.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def payload(row: int) -> dict[str, Any]:
-    """As an indexed picture has it."""
+    """As an indexed image has it."""
     return {"hash": f"{row:040x}", "paths": [f"/pictures/{row:07d}.jpg"]}
 
 
@@ -85,7 +85,7 @@ def measure_queries(pictures: int, folder: Path) -> None:
     print(f"stored {pictures:,} items with their features in {time.perf_counter() - start:.0f} s", flush=True)
     query = index.pretrained.encode_texts([SENTENCE])
     hits = index.shortlist(query.pooled[0], PICTURES, SHORTLIST)
-    print(f"\n| text query, {pictures:,} pictures, K = {SHORTLIST} | median ms | max ms |\n| --- | --- | --- |")
+    print(f"\n| text query, {pictures:,} images, K = {SHORTLIST} | median ms | max ms |\n| --- | --- | --- |")
     for name, function in (
         ("encode the sentence", lambda: index.pretrained.encode_texts([SENTENCE])),
         ("coarse", lambda: index.shortlist(query.pooled[0], PICTURES, SHORTLIST)),

@@ -1,4 +1,4 @@
-"""Unit vectors for measurements, drawn as embeddings of pictures are spread: in clusters that fill few directions."""
+"""Unit vectors for measurements, drawn as embeddings of images are spread: in clusters that fill few directions."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ class Embeddings:
     """Draws unit vectors [n, width]: a cluster and a deviation from it, both in 32 directions, on a common mean.
 
     Each direction weighs less than the one before. A tenth of the deviation's length goes in all directions. The 1,000
-    pictures of Flickr8k that a small trained model of width 256 embedded have 90% of their variance in 14 directions.
+    images of Flickr8k that a small trained model of width 256 embedded have 90% of their variance in 14 directions.
     """
 
     def __init__(self, width: int) -> None:

@@ -18,7 +18,7 @@ DIRECTIONS = ["i2t", "t2i", "both"]
 
 
 def features(seed, *, images=3, texts=(4, 1, 6, 2, 3, 5, 4), high=5, mid=7, width=8, dtype=torch.float32, scale=1.0):
-    """`images` pictures and one text for each length in `texts`; padding holds NaN, which must not be read."""
+    """`images` images and one text for each length in `texts`; padding holds NaN, which must not be read."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):

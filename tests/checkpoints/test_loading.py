@@ -324,7 +324,7 @@ def test_a_pickle_of_more_than_tensors_needs_trust(release, pixels):
     torch.save({"state_dict": theirs.state(), "args": argparse.Namespace(lr=1.0)}, path)
     with pytest.raises(
         UserError,
-        match=r"release.ckpt is a pickle of more than tensors \(it wants argparse.Namespace\).*trust_checkpoint=True",
+        match=r"release.ckpt is a pickle of more than tensors \(it needs argparse.Namespace\).*trust_checkpoint=True",
     ):
         load_checkpoint(path)
     assert load_checkpoint(path, trust=True).encode_images(pixels).high.shape == (3, 4, WIDTH)

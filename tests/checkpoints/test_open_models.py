@@ -96,7 +96,7 @@ def test_a_tokenizer_with_more_words_than_the_release_is_named(make_settings, tm
     large = BertTokenizerFast(vocab={word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"0123456789"
                                                                        "abcdefghijklmnopqrstuvwxyz"))})  # fmt: skip
     given = make_settings(checkpoint=str(tmp_path / "release.ckpt"), test_only=True)
-    with pytest.raises(UserError, match=r"the tokenizer has 41 words, but .*release.ckpt knows only 30: set tokenizer"):
+    with pytest.raises(UserError, match=r"the tokenizer has 41 tokens, but .*release.ckpt only 30: set tokenizer"):
         open_models(given, lambda _: large)
 
 

@@ -61,7 +61,7 @@ def trained(make_model, make_settings, tokenizer, tmp_path):
 
 @pytest.fixture
 def pictures():
-    """3 pictures of different sizes."""
+    """3 images of different sizes."""
     generator = np.random.default_rng(0)
     return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((50, 80), (90, 70), (64, 64))]
 
@@ -299,7 +299,7 @@ def test_onnx_gives_the_features_of_pytorch(make_model, tmp_path, pixels, captio
 def test_onnx_that_disagrees_is_not_left_behind(make_model, tmp_path):
     model = make_model()
     model.aggregate_image.dropout = NoisyWhenAsked()
-    with pytest.raises(UserError, match=r"image_encoder.onnx gives other features than PyTorch .* was removed"):
+    with pytest.raises(UserError, match=r"image_encoder.onnx differs from PyTorch .* was removed"):
         export_onnx(model, tmp_path, image_size=64, max_text_len=12)
     assert not (tmp_path / "image_encoder.onnx").exists()
 

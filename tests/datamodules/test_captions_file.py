@@ -65,7 +65,7 @@ def test_without_splits_the_name_decides_and_it_is_said(root, caplog):
 
 
 def test_split_by_name_is_about_80_10_10():
-    splits = [split_of_name(f"picture {i}.jpg") for i in range(4000)]
+    splits = [split_of_name(f"image {i}.jpg") for i in range(4000)]
     for split, share in {"train": 0.8, "val": 0.1, "test": 0.1}.items():
         assert abs(splits.count(split) / len(splits) - share) < 0.02
 
@@ -89,7 +89,7 @@ def test_split_by_name_is_about_80_10_10():
         ("captions.jsonl", '{"image": "a.jpg"}', "lacks the key 'caption'"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": ["x"]}', "'caption' is ['x']"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": "x", "split": 1}', "'split' is 1"),
-        ("captions.jsonl", '{"image": "a\\u0000", "caption": "x"}', "name of a picture file"),
+        ("captions.jsonl", '{"image": "a\\u0000", "caption": "x"}', "name of a image file"),
     ],
 )
 def test_bad_files_say_where(root, name, text, part):

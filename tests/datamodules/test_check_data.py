@@ -106,7 +106,7 @@ def test_empty_splits_are_incomplete(root, check_data, capsys):
     images = images_of(root)
     write(root, [*images, {**images[0], "split": "val", "imgid": 7}, {**images[0], "split": "test", "imgid": 8}])
     assert check_data([str(root)]) == 0
-    assert "2 picture(s) are listed more than once" in capsys.readouterr().out
+    assert "2 image(s) are listed more than once" in capsys.readouterr().out
 
 
 def test_problems_of_reading_are_said_and_the_other_data_sets_looked_at(root, check_data, capsys):
@@ -139,7 +139,7 @@ def test_the_demo_is_looked_at_and_never_drawn(tmp_path, check_data, capsys):
     (tmp_path / "scenes").mkdir()
     assert check_data([str(tmp_path)]) == 1
     assert not list((tmp_path / "scenes").iterdir())
-    write_scenes(tmp_path / "scenes", counts={"train": 4, "val": 2, "test": 3}, picture_size=32, progress=False)
+    write_scenes(tmp_path / "scenes", counts={"train": 4, "val": 2, "test": 3}, scene_size=32, progress=False)
     capsys.readouterr()
     assert check_data([str(tmp_path), "--decode"]) == 0
     out = capsys.readouterr().out

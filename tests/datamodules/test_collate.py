@@ -7,7 +7,7 @@ from bad_json import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.collate import BadPicture, Pair, PairCollator, pad_tokens
+from datamodules.collate import Pair, PairCollator, UnreadableImage, pad_tokens
 from datamodules.scenes import scenes_vocabulary
 from datamodules.tokens import load_tokenizer, tokenise
 from hacan.images.preprocessing import normalise
@@ -130,7 +130,7 @@ def item(number, width):
 
 
 def test_a_batch_leaves_bad_pictures_out_and_reports_them():
-    bad = BadPicture("x.jpg", "picture x.jpg cannot be decoded")
+    bad = UnreadableImage("x.jpg", "image x.jpg cannot be decoded")
     batch, found = PairCollator(padding_id=0, image_size=7)([item(1, 2), bad, item(2, 4), item(3, 3)])
     assert found == [bad]
     assert batch.image_ids.tolist() == [10, 20, 30] and batch.caption_ids.tolist() == [1, 2, 3]
@@ -139,7 +139,7 @@ def test_a_batch_leaves_bad_pictures_out_and_reports_them():
 
 
 def test_a_batch_of_bad_pictures_alone_has_no_pair_but_its_shapes():
-    bad = BadPicture("x.jpg", "picture x.jpg cannot be decoded")
+    bad = UnreadableImage("x.jpg", "image x.jpg cannot be decoded")
     batch, found = PairCollator(padding_id=0, image_size=7)([bad, bad])
     assert found == [bad, bad] and batch.images.shape == (0, 3, 7, 7) and batch.images.dtype == torch.float32
     assert [len(values) for values in batch] == [0] * 5 and batch.token_mask.dtype == torch.bool

@@ -256,14 +256,14 @@ def test_processes_share_each_step(records):
         assert torch.equal(batch.images, torch.cat([left.images, right.images]))
 
 
-# bad pictures
+# bad images
 
 
 @pytest.fixture
 def spoilt(records, tmp_path):
     """The records with image 2 (five captions) damaged and image 5 (four captions) gone."""
     damaged = tmp_path / "damaged.png"
-    damaged.write_bytes(b"not a picture")
+    damaged.write_bytes(b"not a image")
     paths = {1002: damaged, 1005: tmp_path / "gone.png"}
     return [
         CaptionedImage(paths[record.image_id], record.captions, record.image_id, record.split)
@@ -291,13 +291,13 @@ def test_skipped_pictures_are_left_out_counted_and_reported(spoilt, records, num
         assert torch.equal(batch.images, reference.images[keep])
     assert sum(len(batch.images) for batch in found) == 22 - 9
     assert sorted(os.path.basename(path) for path in data.skipped) == ["damaged.png", "gone.png"]
-    assert "2 unreadable picture(s) left out" in caplog.text and "epoch 0" in caplog.text
+    assert "2 unreadable image(s) left out" in caplog.text and "epoch 0" in caplog.text
     assert caplog.text.count("counted at the end of the epoch") == 1  # the first one is said at once
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_batch_without_any_readable_picture_keeps_its_place(spoilt, num_workers):
-    """Several processes take the same number of batches each, whoever has the bad pictures."""
+    """Several processes take the same number of batches each, whoever has the bad images."""
     only = [record for record in spoilt if record.image_id in (1002, 1005)]
     loader = module(only, on_bad_image="skip", num_workers=num_workers).train_dataloader()
     batches = list(loader)

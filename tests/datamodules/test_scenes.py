@@ -31,12 +31,12 @@ ROW = Scene((RED, BLUE, STAR), "row", "white")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, counts=COUNTS, picture_size=48, progress=False)
+    write_scenes(folder, counts=COUNTS, scene_size=48, progress=False)
     return folder
 
 
 def read(folder, **changes):
-    return read_scenes(folder, **{"counts": COUNTS, "picture_size": 48, "progress": False, **changes})
+    return read_scenes(folder, **{"counts": COUNTS, "scene_size": 48, "progress": False, **changes})
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_what_is_there_is_read_and_not_made_again(folder, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_files_and_another_one_others(folder, tmp_path):
-    write_scenes(tmp_path / "again", counts=COUNTS, picture_size=48, progress=False)
-    write_scenes(tmp_path / "other", counts=COUNTS, picture_size=48, seed=1, progress=False)
+    write_scenes(tmp_path / "again", counts=COUNTS, scene_size=48, progress=False)
+    write_scenes(tmp_path / "other", counts=COUNTS, scene_size=48, seed=1, progress=False)
     content = {place: (place / "dataset_scenes.json").read_bytes() for place in (folder, *tmp_path.iterdir())}
     assert content[folder] == content[tmp_path / "again"] != content[tmp_path / "other"]
     for record, again in zip(read(folder), read(tmp_path / "again"), strict=True):
@@ -160,7 +160,7 @@ def test_other_parameters_a_lost_picture_and_a_damaged_file_are_made_anew(tmp_pa
     counts = {"train": 3, "val": 2, "test": 4}
     records = read(tmp_path, counts=counts)
     assert len(read(tmp_path, counts={**counts, "test": 5})) == 10
-    assert len(list(tmp_path.glob("images-*"))) == 1  # the old pictures are gone
+    assert len(list(tmp_path.glob("images-*"))) == 1  # the old images are gone
     assert read(tmp_path, counts=counts) == records
     records[0].path.unlink()
     assert read(tmp_path, counts=counts) == records and records[0].path.is_file()
@@ -194,7 +194,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_that_looks_complete(tmp_path, 
 def test_processes_that_draw_at_the_same_time_leave_each_others_pictures_alone(folder):
     records = read(folder)
     before = {record.path: record.path.stat().st_ino for record in records}
-    write_scenes(folder, counts=COUNTS, picture_size=48, progress=False)  # the slower one, which saw nothing at first
+    write_scenes(folder, counts=COUNTS, scene_size=48, progress=False)  # the slower one, which saw nothing at first
     assert {record.path: record.path.stat().st_ino for record in read(folder)} == before
     assert not list(folder.glob(".*"))
 

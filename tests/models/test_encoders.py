@@ -10,7 +10,7 @@ from hacan.errors import UserError
 from hacan.models.image_encoder import ImageEncoder
 from hacan.models.text_encoder import TextEncoder
 
-# name, arguments, picture size -> grids and widths of (mid, high) and the final norm, by timm's own documentation
+# name, arguments, image size -> grids and widths of (mid, high) and the final norm, by timm's own documentation
 IMAGE_BACKBONES = {
     "convnext_atto": (
         {"depths": (1, 1, 1, 1), "dims": (8, 12, 20, 28)}, 64, (4, 4), (2, 2), (20, 28), "head.norm"

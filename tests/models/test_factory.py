@@ -47,7 +47,7 @@ def test_a_random_text_encoder_has_the_tokenizers_vocabulary(make_settings):
 
 def test_a_tokenizer_with_more_words_than_the_encoder_is_named(make_settings):
     settings = make_settings(text_encoder_args={**make_settings().model.text_encoder_args, "vocab_size": 20})
-    with pytest.raises(UserError, match=r"tokenizer has 21 words.*knows only 20"):
+    with pytest.raises(UserError, match=r"tokenizer has 21 tokens.*only 20"):
         build_model(settings.model, image_size=64, score_memory=64, tokenizer=Words(21))
 
 
@@ -258,8 +258,8 @@ def test_offline_with_nothing_cached(make_model, nothing_cached, updates, which,
         ({"image_weights": "nosuch.pth"}, r"image_weights=nosuch.pth: there is no such file or folder"),
         ({"text_weights": "nosuch"}, r"text_weights=nosuch: there is no such file or folder"),
         ({"text_encoder": "nosuch"}, r"text_encoder='nosuch'.*expected a model type of transformers"),
-        ({"text_encoder": "t5", "text_encoder_args": {}}, r"type 't5': expected an encoder that reads both ways"),
-        ({"text_encoder": "gpt2", "text_encoder_args": {}}, r"type 'gpt2': expected an encoder that reads both ways"),
+        ({"text_encoder": "t5", "text_encoder_args": {}}, r"type 't5': expected a bidirectional encoder"),
+        ({"text_encoder": "gpt2", "text_encoder_args": {}}, r"type 'gpt2': expected a bidirectional encoder"),
         ({"text_encoder_args": {"hidden_sise": 8}}, r"config of 'bert' has no 'hidden_sise'; did you mean hidden_size"),
         ({"text_encoder_args": {"hidden_size": 25}}, r"cannot be built: .*25.*attention heads"),
     ],

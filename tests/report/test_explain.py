@@ -1,4 +1,4 @@
-"""scripts/explain.py from a picture and a caption to a PNG."""
+"""scripts/explain.py from a image and a caption to a PNG."""
 
 import pathlib
 import runpy
@@ -55,7 +55,7 @@ def test_it_writes_a_png_and_names_the_score(picture, checkpoint, tmp_path, caps
         ({"caption": " "}, "the caption is empty: give a sentence"),
         ({"--checkpoint": "missing.ckpt"}, "missing.ckpt"),
         ({"--alpha": "2"}, "--alpha 2: expected a number from 0 to 1"),
-        ({"--out": "out.doc"}, "out.doc names no picture format: end it in .png"),
+        ({"--out": "out.doc"}, "out.doc names no image format: end it in .png"),
     ],
 )
 def test_mistakes_are_one_line(picture, checkpoint, changes, expected, capsys):

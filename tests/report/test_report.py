@@ -28,8 +28,8 @@ from hacan.report.heatmaps import (
     Word,
     explain,
     figure,
+    image_of_pixels,
     overlay,
-    picture_of,
     upsample,
     words_of,
 )
@@ -130,7 +130,7 @@ def test_several_items_at_once_are_refused():
 
 
 def test_rows_and_columns_of_the_grid_are_those_of_the_picture(make_model):
-    """A patch at the upper right of a wide picture changes the regions of the upper right most."""
+    """A patch at the upper right of a wide image changes the regions of the upper right most."""
     model = make_model()
     blank, patched = torch.zeros(2, 1, 3, 64, 96)
     patched[..., :16, 80:] = 4.0
@@ -167,7 +167,7 @@ def test_an_overlay_is_bright_where_the_map_is_high_and_the_picture_where_it_is_
 def test_the_picture_below_is_the_one_that_the_model_sees():
     generator = np.random.default_rng(0)
     picture = cv2.resize(generator.integers(0, 256, (9, 14, 3), dtype=np.uint8), (140, 90))
-    seen = picture_of(preprocess_image(picture, image_size=64))
+    seen = image_of_pixels(preprocess_image(picture, image_size=64))
     assert seen.shape == (64, 64, 3)
     resized = cv2.resize(picture, (round(140 * 73 / 90), 73), interpolation=cv2.INTER_AREA)
     top, left = (73 - 64) // 2, (resized.shape[1] - 64) // 2
@@ -221,7 +221,7 @@ class CellColours:
 
 @pytest.mark.parametrize("alignment", [make_hybrid(), make_hybrid(direction="both"), RevisedAlignment(direction="t2i")])
 def test_a_word_lights_up_where_the_picture_shows_it(tokenizer, alignment):
-    """Red at the lower left, blue at the upper right of a picture of 60 x 90 pixels."""
+    """Red at the lower left, blue at the upper right of a image of 60 x 90 pixels."""
     picture = np.full((60, 90, 3), 128, np.uint8)
     picture[40:, :45] = (255, 0, 0)
     picture[:20, 45:] = (0, 0, 255)
@@ -377,7 +377,7 @@ IMAGE_OF_TEXT = torch.tensor([0, 0, 1, 2, 2, 2, 1])
 
 @pytest.fixture
 def evaluated(make_model, tokenizer, tmp_path):
-    """A tiny evaluation of 3 pictures, one with markup in its name, and 7 captions, as write_report takes it."""
+    """A tiny evaluation of 3 images, one with markup in its name, and 7 captions, as write_report takes it."""
     model = make_model()
     pretrained = Pretrained(model=model, tokenizer=tokenizer, image_size=64, centre_crop=True, max_text_len=12)
     paths = [tmp_path / name for name in ("one.png", "<b>two.png", "three.jpg")]

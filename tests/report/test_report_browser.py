@@ -70,10 +70,10 @@ def test_clicks_and_keys_of_the_viewer(evaluated, tmp_path, width):  # noqa: F81
         for drawn, stream in zip(canvases(browser), found.streams, strict=True):
             expected = overlay(found.picture, stream.grids[2], *stream.range).astype(float)
             other = overlay(found.picture, stream.grids[2].T, *stream.range).astype(float)
-            assert np.abs(drawn - expected).mean() < 8  # the picture below went through a JPEG
+            assert np.abs(drawn - expected).mean() < 8  # the image below went through a JPEG
             assert np.abs(drawn - expected).mean() < np.abs(drawn - other).mean()
 
-        # without opacity only the picture is left
+        # without opacity only the image is left
         browser.run("document.getElementById('opacity').focus(); return 1")
         browser.press(Keys.HOME)
         browser.wait("document.getElementById('opacity').value === '0'")

@@ -136,7 +136,7 @@ PICTURES = ("COCO_val2014_000000000009.jpg", "COCO_val2014_000000000005.jpg")
 
 @pytest.fixture
 def coco(tmp_path, monkeypatch):
-    """A test split of two pictures of COCO, all of it judged, with its annotations."""
+    """A test split of two images of COCO, all of it judged, with its annotations."""
     judged = {"i2t": {9: frozenset({71, 72})}, "t2i": {72: frozenset({5})}}
     monkeypatch.setattr("hacan.retrieval.eccv_cxc.load_matches", lambda name: judged)
     folder = tmp_path / "coco" / "annotations"

@@ -1,4 +1,4 @@
-"""How `make demo` ends: an index of its test pictures, one question, a contact sheet that is named."""
+"""How `make demo` ends: an index of its test images, one question, a contact sheet that is named."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SPLITS = ["train", "test", "val", "test", "test", "train", "test"]
 
 @pytest.fixture
 def demo(make_model, make_settings, tokenizer, tmp_path):
-    """The folders that a demo leaves: 7 pictures, 4 of them for testing, and two runs, the newer one not the last."""
+    """The folders that a demo leaves: 7 images, 4 of them for testing, and two runs, the newer one not the last."""
     images = []
     for number, split in enumerate(SPLITS):
         path = tmp_path / "data" / "scenes" / "images" / f"scene_{number}.png"
@@ -45,7 +45,7 @@ def test_the_end_of_the_demo(demo, capsys):
     for _ in range(2):  # the demo may be run again
         assert main(arguments) == 0
         printed = capsys.readouterr().out
-        assert '"a red dog by cat 1" among 4 images:' in printed  # a caption of the first test picture
+        assert '"a red dog by cat 1" among 4 images:' in printed  # a caption of the first test image
         found = {int(number) for number in re.findall(r"scene_(\d)\.png", printed)}
         assert found == {number for number, split in enumerate(SPLITS) if split == "test"}
         (sheet,) = re.findall(r"^Results with word heatmaps: (/.*\.html)$", printed, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The index over one's own pictures: the shortlist and the order of brute force, updates, interruptions, mistakes."""
+"""The index over one's own images: the shortlist and the order of brute force, updates, interruptions, mistakes."""
 
 import contextlib
 import os
@@ -55,7 +55,7 @@ def draw(path, seed):
 
 @pytest.fixture
 def folder(tmp_path):
-    """11 pictures at three depths, one of them twice, and two files that are none."""
+    """11 images at three depths, one of them twice, and two files that are none."""
     root = tmp_path / "pictures"
     for seed in range(4):
         draw(root / f"{seed}.png", seed)
@@ -64,7 +64,7 @@ def folder(tmp_path):
     draw(root / "deep" / "9.webp", 9)
     draw(root / "deep" / "10.JPEG", 10)
     shutil.copy(root / "2.png", root / "deep" / "copy of 2.png")
-    (root / "bad.jpg").write_text("no picture")
+    (root / "bad.jpg").write_text("no image")
     (root / "empty.png").touch()
     (root / "notes.txt").write_text("-")
     draw(root / ".hidden" / "secret.png", 77)
@@ -80,7 +80,7 @@ def index(pretrained, folder, tmp_path):
 
 
 def counted(index, monkeypatch):
-    """How many pictures are encoded from now on."""
+    """How many images are encoded from now on."""
     numbers, encode = [], index.pretrained.encode_images
     monkeypatch.setattr(
         index.pretrained, "encode_images", lambda pictures: numbers.append(len(pictures)) or encode(pictures)
@@ -164,7 +164,7 @@ def test_a_query_is_a_sentence_or_a_picture(index, arguments):
 def test_queries_that_make_no_sense_are_named(index):
     with pytest.raises(UserError, match="from 1"):
         index.search("a dog", top=0)
-    with pytest.raises(UserError, match="a sentence finds pictures"):
+    with pytest.raises(UserError, match="a sentence finds images"):
         index.search("a dog", find="texts")
     index.set_texts([], progress=False)
     with pytest.raises(UserError, match="holds no texts"):
@@ -328,7 +328,7 @@ def test_the_scripts_index_and_search(trained_checkpoint, folder, tmp_path, caps
     common = [str(folder), "--index", place, "--captions", str(tmp_path / "texts.csv")]
     assert index_main([*common, "--model", str(trained_checkpoint)]) == 0
     printed = capsys.readouterr()
-    assert "11 pictures (11 added, 0 kept, 0 of them moved, 0 removed, 2 files skipped)" in printed.out
+    assert "11 images (11 added, 0 kept, 0 of them moved, 0 removed, 2 files skipped)" in printed.out
     assert "5 texts (5 added, 0 removed)" in printed.out and f"skipped {folder / 'bad.jpg'}" in printed.err
     assert index_main(common) == 0
     assert "(0 added, 11 kept" in capsys.readouterr().out
@@ -396,11 +396,11 @@ def test_a_killed_indexing_goes_on(trained_checkpoint, tmp_path):
     assert 32 <= kept < 90
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"90 pictures ({90 - kept} added, {kept} kept" in done.stdout
+    assert f"90 images ({90 - kept} added, {kept} kept" in done.stdout
 
 
 def _stored(place):
-    """Points of the pictures' collection, as another process sees them."""
+    """Points of the images' collection, as another process sees them."""
     for database in place.rglob("*_pictures/storage.sqlite"):
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as connection:
             return connection.execute("SELECT count(*) FROM points").fetchone()[0]

@@ -203,7 +203,7 @@ def png_that_claims(width, height):
 
 def test_uploads_are_judged_before_they_are_decoded(address, monkeypatch):
     for body, message in (
-        (b"no picture", b"is not a JPEG, PNG or WebP"),
+        (b"no image", b"is not a JPEG, PNG or WebP"),
         (b"\0" * 9, b"is not a JPEG, PNG or WebP"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"is not a JPEG, PNG or WebP"),
         (png_that_claims(20_000, 20_000), b"400000000 pixels"),
@@ -298,7 +298,7 @@ def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path,
     browser.click("#find option[value=pictures]")
     browser.type("#file", str(pictures / "2 <b>.png"))
     browser.wait("document.querySelector('#results.pictures strong')?.textContent === '1. 2 <b>.png'")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     browser.type("#file", str(tmp_path / "bad.png"))
     browser.wait("document.getElementById('status').textContent.includes('not a JPEG')")
     assert browser.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")

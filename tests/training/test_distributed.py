@@ -91,7 +91,7 @@ def test_sharded_evaluation_has_the_ranks_of_one_process(runs, tmp_path):
     for processes in (1, 2):
         place = tmp_path / str(processes)
         updates = {**arguments, "log_dir": place, "num_gpus": processes, "per_gpu_batchsize": 4, "batch_size": 8}
-        done = run_py(**updates, test_only=True, checkpoint=best)  # 6 pictures: shards of 4 and 2
+        done = run_py(**updates, test_only=True, checkpoint=best)  # 6 images: shards of 4 and 2
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("\nwrote ") == 1
         found[processes] = (
@@ -104,11 +104,11 @@ def test_sharded_evaluation_has_the_ranks_of_one_process(runs, tmp_path):
     assert found[1][1]["hierarchical"] == found[2][1]["hierarchical"]
 
 
-# ------------------------------------------------------------------------------------------------- unreadable pictures
+# ------------------------------------------------------------------------------------------------- unreadable images
 
 
 def test_a_process_without_a_readable_picture_keeps_the_others_going(runs, tmp_path):
-    """Two processes of one pair a batch train as one process of two, whichever of the pictures cannot be read."""
+    """Two processes of one pair a batch train as one process of two, whichever of the images cannot be read."""
     _, arguments, _, _ = runs
     shutil.copytree(arguments["data_root"], tmp_path / "data")
     listed = json.loads((tmp_path / "data" / "scenes" / "dataset_scenes.json").read_text())["images"]
@@ -116,7 +116,7 @@ def test_a_process_without_a_readable_picture_keeps_the_others_going(runs, tmp_p
     bad = {2, 5, 6, 9}
     for number in bad:
         (picture,) = (tmp_path / "data").rglob(train[number]["filename"])
-        picture.write_bytes(b"no picture")
+        picture.write_bytes(b"no image")
     updates = {**arguments, "data_root": tmp_path / "data", "on_bad_image": "skip", "max_epoch": 1, "warmup_epochs": 0}
     owner = [number for number, image in enumerate(train) for _ in image["sentences"]]
     order = TrainingOrder(n_pairs=len(owner), batch_size=20, per_gpu_batchsize=2, seed=0)
@@ -128,7 +128,7 @@ def test_a_process_without_a_readable_picture_keeps_the_others_going(runs, tmp_p
     alone = run_py(**updates, log_dir=tmp_path / "x", gather_negatives=False)
     for done in (one, two, alone):
         assert done.returncode == 0, done.stderr
-        assert "unreadable picture(s) left out" in done.stderr
+        assert "unreadable image(s) left out" in done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3, abs=1e-4)
     ours, theirs = weights(tmp_path / "one", LAST), weights(tmp_path / "two", LAST)
     for name in ours:
