@@ -1,8 +1,8 @@
-"""Losses on fine scores and on global embeddings (METHOD section 4): tensors in, scalars out.
+"""Losses on fine scores and on global embeddings (METHOD section 4).
 
-Pair k of a batch is image k with text k, so the positives of a score matrix [B, B] stand on its diagonal. Other
-captions of the same image are not negatives: `image_ids` masks them. Everything is a pure function of its arguments;
-with negatives gathered from several processes, hand in the scores and embeddings of the global batch.
+Pair k of a batch is image k with text k, so the positives of a score matrix [B, B] are on its diagonal. Other captions
+of the same image are not negatives: `image_ids` masks them. To use negatives of several processes, pass the scores and
+embeddings of the global batch.
 
 Letters of the equations: F the fine scores, s the dot product of global embeddings, m the margin, [x]+ = max(x, 0);
 T- = T[negatives.text_of_image] the hard text of each image, I- = I[negatives.image_of_text] the hard image of each
@@ -23,20 +23,20 @@ REDUCTIONS = ("sum", "mean")
 
 
 def hard_negatives(scores: Tensor, image_ids: Tensor) -> HardNegatives:
-    """The hardest negative of every image and every text of a batch (METHOD section 4).
+    """Return the hardest negative of every image and every text of a batch (METHOD section 4).
 
-    scores [B, B] fine scores F, image_ids [B]; indices [B] int64, -1 where nothing in the batch is a negative.
+    scores [B, B] fine scores F, image_ids [B]; indices [B] int64, -1 if the batch has no negative.
 
         text_of_image[i] = argmax over j with another image of F_ij
         image_of_text[j] = argmax over i with another image of F_ij
 
-    Release: argmax of the clamped cost, which is index 0 (perhaps the positive itself) once every cost is zero; here:
-    of the scores, the diagonal and other captions of the same image left out, because those are never wrong answers.
+    Public code: argmax of the clamped cost, which is index 0 (possibly the positive) once every cost is zero; here:
+    argmax of the scores without the diagonal and other captions of the same image, because those are not wrong.
     """
     _check_square(scores, image_ids)
     others = image_ids[:, None] != image_ids[None, :]
     masked = scores.detach().masked_fill(~others, -torch.inf)
-    known = others.any(1)  # symmetric: an image has a negative text exactly when its text has a negative image
+    known = others.any(1)  # symmetric in images and texts
     none = torch.full_like(image_ids, -1, dtype=torch.int64)
     return HardNegatives(
         text_of_image=torch.where(known, masked.argmax(1), none),
@@ -56,7 +56,7 @@ def triplet_ranking_loss(scores: Tensor, negatives: HardNegatives, *, margin: fl
 
 
 def triplet_ranking_loss_all(scores: Tensor, image_ids: Tensor, *, margin: float, reduction: str) -> Tensor:
-    """Triplet ranking loss with all negatives: the sum of hinges, a gentler start than the hardest ones.
+    """Triplet ranking loss with all negatives: the sum of their hinges.
 
     scores [B, B] fine scores F, image_ids [B]; a scalar. reduction "sum", or "mean": the sum over B.
 
@@ -72,9 +72,9 @@ def triplet_ranking_loss_all(scores: Tensor, image_ids: Tensor, *, margin: float
 
 
 def share_of_active_hinges(scores: Tensor, negatives: HardNegatives, *, margin: float) -> Tensor:
-    """Share (0 to 1) of the triplet hinges that are above zero, among those that have a negative; 0 where none has.
+    """Return the share of triplet hinges above zero, 0 to 1, among those with a negative; 0 if there are none.
 
-    scores [B, B] fine scores; a scalar without gradient. Near 0 the loss has nothing left to teach.
+    scores [B, B] fine scores; a scalar without gradient.
     """
     active = torch.stack([(hinge > 0).sum() for hinge in _triplet_hinges(scores.detach(), negatives, margin)]).sum()
     known = torch.stack([(index >= 0).sum() for index in negatives]).sum()
@@ -95,9 +95,9 @@ def full_hard_negative_loss(images: Tensor, texts: Tensor, negatives: HardNegati
 
         M_HN + mean( [m + s(I-,I) - s(I,T)]+ + [m + s(T-,T) - s(I,T)]+ + e [m + s(I-,T-) - s(I,T)]+ )
 
-    with e = 1 where the two negatives have the same index, else 0. Release: the flag e [B] times a column [B, 1], which
-    broadcasts to [B, B] and computes mean(e) * mean(hinge); here: element by element, because that is what the paper
-    writes: a pair's flag switches its own hinge.
+    with e = 1 where the two negatives have the same index, else 0. Public code: the flag e [B] times a column [B, 1],
+    which broadcasts to [B, B] and computes mean(e) * mean(hinge); here: element by element, because that is the
+    equation of the paper.
     """
     batch = _Quadruples(images, texts, negatives, margin)
     same = negatives.text_of_image == negatives.image_of_text
@@ -136,11 +136,11 @@ def global_contrastive_divergence_revised(
 
 
 def info_nce(images: Tensor, texts: Tensor, *, temperature: float, image_ids: Tensor | None = None) -> Tensor:
-    """InfoNCE, on global embeddings [B, d] of unit length: every other pair is a negative, softly weighted.
+    """InfoNCE, on global embeddings [B, d] of unit length: every other pair is a negative.
 
         mean over i of  - 1/2 log softmax_j( s(I_i, T_j) / t )_i  - 1/2 log softmax_j( s(I_j, T_i) / t )_i
 
-    Other captions of the same image take no part in the softmax: image_ids [B] tells them (None: all images differ).
+    Other captions of the same image (equal image_ids [B]; None: all differ) are excluded from the softmax.
     A batch of one image has loss 0.
     """
     images, texts = _wide(images), _wide(texts)
@@ -172,10 +172,10 @@ def global_loss(
     temperature: float = 0.05,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """The global loss called `name`: GCD, GCD_revised, F_HN, M_HN or InfoNCE (METHOD section 4).
+    """Return the global loss `name`: GCD, GCD_revised, F_HN, M_HN or InfoNCE (METHOD section 4), a scalar.
 
-    images, texts [B, d] unit length, negatives by the fine scores; a scalar. InfoNCE reads `temperature` and
-    `image_ids` and no negatives (they may be None); the others read `margin` and the negatives.
+    images, texts [B, d] unit length, negatives by the fine scores. InfoNCE uses `temperature` and `image_ids` and no
+    negatives (None is accepted); the others use `margin` and the negatives.
     """
     if images.shape != texts.shape or images.ndim != 2:
         raise ValueError(
@@ -255,7 +255,7 @@ class _Quadruples:
     def __init__(self, images: Tensor, texts: Tensor, negatives: HardNegatives, margin: float) -> None:
         images, texts = _wide(images), _wide(texts)
         text, image = negatives.text_of_image, negatives.image_of_text
-        # An index of -1 reads some row, whose terms `_known` then leaves out.
+        # An index of -1 selects a row whose terms `_known` masks.
         self._rows = {
             "I": images,
             "T": texts,
@@ -287,7 +287,7 @@ class _Quadruples:
 
 
 def _triplet_hinges(scores: Tensor, negatives: HardNegatives, margin: float) -> tuple[Tensor, Tensor]:
-    """The hinge of every image and of every text, [B] each."""
+    """Return the hinge of every image and of every text, [B] each."""
     _check_square(scores, negatives.text_of_image)
     scores = _wide(scores)
     rows = torch.arange(len(scores), device=scores.device)
@@ -305,7 +305,7 @@ def _reduced(values: Tensor, reduction: str) -> Tensor:
 
 
 def _wide(values: Tensor) -> Tensor:
-    """At least float32: sums of half-precision products lose the margin."""
+    """Return at least float32, because sums of half-precision products lose the margin."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 

@@ -1,7 +1,7 @@
-"""The containers that travel between rooms: NamedTuples of tensors, which Lightning moves between devices.
+"""Containers that modules exchange: NamedTuples of tensors, which Lightning moves between devices.
 
-Orientation, everywhere: images are rows, texts are columns of every score matrix.
-Letters: B pairs of a batch, N images, M texts, R regions, W tokens, d the joint width, L the tokens of all texts.
+Score matrices are always [image, text]. Letters: B pairs of a batch, N images, M texts, R regions, W tokens, d joint
+width, L tokens of all texts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 class PairBatch(NamedTuple):
-    """B image-caption pairs, as the data modules make them; none where no image of a batch could be read."""
+    """B image-caption pairs; B is 0 if no image of a batch could be read."""
 
     images: Tensor  # [B, 3, H, W] float, normalised pixels
     token_ids: Tensor  # [B, W] int64, padded
     token_mask: Tensor  # [B, W] bool, True where a token is real ([CLS] and [SEP] included)
-    image_ids: Tensor  # [B] int64: pairs of one image share it, and are not each other's negatives
-    caption_ids: Tensor  # [B] int64, the caption's place in its split
+    image_ids: Tensor  # [B] int64: pairs with the same id are not negatives of each other
+    caption_ids: Tensor  # [B] int64, index of the caption in its split
 
 
 class EncodedImages(NamedTuple):
-    """N images after the encoder and the projections."""
+    """Features of N images after encoder and projections."""
 
     high: Tensor  # [N, R_high, d] regions of the last level (49 for ConvNeXt at 224 pixels)
     mid: Tensor  # [N, R_mid, d] regions of the level before (196)
@@ -30,16 +30,16 @@ class EncodedImages(NamedTuple):
 
 
 class EncodedTexts(NamedTuple):
-    """M texts after the encoder and the projections, padded to one width."""
+    """Features of M texts after encoder and projections, padded to one width."""
 
     high: Tensor  # [M, W, d] tokens of the last layer
     mid: Tensor  # [M, W, d] tokens of the third layer from the end
-    mask: Tensor  # [M, W] bool, True where a token is real; padding takes no part anywhere
+    mask: Tensor  # [M, W] bool, True where a token is real; padding is never used
     pooled: Tensor  # [M, d] global embedding, unit length
 
 
 class PackedTexts(NamedTuple):
-    """The ragged twin of EncodedTexts: the real tokens of M texts, one after the other, without padding."""
+    """Features of M texts without padding: the tokens of all texts, concatenated."""
 
     high: Tensor  # [L, d]
     mid: Tensor  # [L, d]
@@ -48,7 +48,7 @@ class PackedTexts(NamedTuple):
 
 
 def pack_texts(texts: EncodedTexts) -> PackedTexts:
-    """[M, W, d] padded tokens -> [L, d] real ones; the mask may have its True entries anywhere."""
+    """Return the texts without padding: [M, W, d] -> [L, d]; the mask can be True at any positions."""
     mask = texts.mask
     if mask.dtype != torch.bool or texts.high.shape[:2] != mask.shape or texts.mid.shape[:2] != mask.shape:
         raise ValueError(
@@ -61,10 +61,10 @@ def pack_texts(texts: EncodedTexts) -> PackedTexts:
 
 
 class HardNegatives(NamedTuple):
-    """The hardest negative of each pair of a batch, by the fine scores; -1 where nothing in the batch is a negative."""
+    """The hardest negative of each pair of a batch by the fine scores; -1 if the batch has no negative."""
 
-    text_of_image: Tensor  # [B] int64: the text that image i is most wrongly matched with
-    image_of_text: Tensor  # [B] int64: the image that text j is most wrongly matched with
+    text_of_image: Tensor  # [B] int64: the highest-scoring wrong text of image i
+    image_of_text: Tensor  # [B] int64: the highest-scoring wrong image of text j
 
 
 class Split(NamedTuple):
@@ -96,7 +96,7 @@ class Processes(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """A split, each image and each caption encoded once."""
+    """The features of a split."""
 
     images: EncodedImages
     texts: PackedTexts
@@ -104,7 +104,7 @@ class Gallery(NamedTuple):
 
 
 class RetrievalResult(NamedTuple):
-    """What a ranking gave, both ways. Ranks count from 0; `inf` means that no correct item was in the shortlist."""
+    """Ranks of both directions, from 0; `inf`: no correct item in the shortlist."""
 
     ranks_i2t: Tensor  # [N] float64: rank of the best-ranked caption of image i
     ranks_t2i: Tensor  # [M] float64: rank of the image of caption j
@@ -113,7 +113,7 @@ class RetrievalResult(NamedTuple):
 
 
 class RetrievalMetrics(NamedTuple):
-    """Metrics of one ranking. Recalls in percent; median and mean rank count from 1, as papers print them."""
+    """Metrics of one ranking: recalls in percent, median and mean rank from 1."""
 
     r1_i2t: float  # R@1, image to text
     r5_i2t: float
@@ -122,9 +122,9 @@ class RetrievalMetrics(NamedTuple):
     r5_t2i: float
     r10_t2i: float
     rsum: float  # the sum of the six recalls, 0 to 600
-    median_i2t: float  # inf when at least half of the queries miss the shortlist
+    median_i2t: float  # inf if at least half of the queries are misses
     median_t2i: float
-    mean_i2t: float  # over the queries that have a rank; inf when none has
+    mean_i2t: float  # over the queries that have a rank; inf if there are none
     mean_t2i: float
     missed_i2t: float  # percent of queries without a correct item in the shortlist
     missed_t2i: float

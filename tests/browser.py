@@ -89,7 +89,7 @@ def browsers(folder):
         if os.environ.get("HACAN_REQUIRE_BROWSER"):
             pytest.fail(missing)
         pytest.skip(missing)
-    started = []
+    started: list[Browser] = []
 
     def start(width):
         started.append(Browser(width, folder / f"profile-{len(started)}"))

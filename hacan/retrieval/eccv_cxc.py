@@ -1,9 +1,9 @@
-"""ECCV Caption and CxC: COCO's test split with the matches that its own annotation misses.
+"""ECCV Caption and CxC: additional judged matches for COCO's test split.
 
-COCO calls one image right for a caption, although others fit as well. CxC (Parekh et al. 2021) and ECCV Caption (Chun
-et al. 2022) add judged matches to the same 5,000 images and 25,000 captions. Their data files come with the package
-`eccv_caption`; the metrics are our own, because the package's divide by the length of a shortlist that is shorter than
-the number of matches (it assumes full rankings), where here what was not listed is a miss.
+COCO has one correct image per caption, although others fit as well. CxC (Parekh et al. 2021) and ECCV Caption (Chun et
+al. 2022) add judged matches to the same 5,000 images and 25,000 captions. Their data files come with the package
+`eccv_caption`. The metrics are computed here, because those of the package assume full rankings; here an item that is
+not in the shortlist is a miss.
 """
 
 import json
@@ -34,10 +34,10 @@ Matches = dict[int, frozenset[int]]  # query id -> ids of the items that match i
 
 
 def load_matches(name: str) -> dict[str, Matches]:
-    """Judged matches of "eccv" or "cxc", by direction; image ids are COCO's, caption ids are its annotations'."""
+    """Return the judged matches of "eccv" or "cxc" by direction, with COCO's image and annotation ids."""
     if name not in SETS:
         raise ValueError(f"unknown ground truth {name!r}; choose from {', '.join(SETS)}")
-    package = find_spec("eccv_caption")  # found, not imported: only its data are wanted
+    package = find_spec("eccv_caption")  # not imported: only its data files are used
     if package is None or not package.origin:
         raise UserError(
             "ECCV Caption and CxC need their data files: pip install eccv_caption==0.1.0 (pure Python, 0.8 MB)"
@@ -51,17 +51,17 @@ def load_matches(name: str) -> dict[str, Matches]:
 
 
 def recall_at_matches(ranking: Sequence[int], matches: frozenset[int], k: int) -> float:
-    """1 if one of the first K items matches, else 0."""
+    """Return 1 if one of the first K items matches, else 0."""
     return float(any(item in matches for item in ranking[:k]))
 
 
 def r_precision(ranking: Sequence[int], matches: frozenset[int]) -> float:
-    """Share (0 to 1) of the R matches among the first R items; what the ranking does not list is missed."""
+    """Return the share of the R matches among the first R items, 0 to 1; unlisted matches are misses."""
     return sum(item in matches for item in ranking[: len(matches)]) / len(matches)
 
 
 def average_precision_at_r(ranking: Sequence[int], matches: frozenset[int]) -> float:
-    """mAP@R of one query, with R = number of matches: the mean over r = 1..R of (item r matches) * (precision at r)."""
+    """Return mAP@R of a query with R matches: the mean over r = 1..R of (item r matches) * (precision at r)."""
     hits, total = 0, 0.0
     for place, item in enumerate(ranking[: len(matches)], start=1):
         if item in matches:
@@ -73,10 +73,9 @@ def average_precision_at_r(ranking: Sequence[int], matches: frozenset[int]) -> f
 def eccv_cxc_metrics(
     result: RetrievalResult, image_ids: Sequence[int], caption_ids: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """All metrics of both sets in percent: {"eccv_map_at_r": {"i2t": ..., "t2i": ...}, ...}.
+    """Return the metrics of both sets in percent: {"eccv_map_at_r": {"i2t": ..., "t2i": ...}, ...}.
 
-    result: ranks of the whole test split; image_ids [N] and caption_ids [M] are COCO's. Every judged query
-    must be there.
+    result: ranks of the whole test split. image_ids [N] and caption_ids [M] are COCO's, and include all judged queries.
     """
     check_judged_queries(image_ids, caption_ids)
     images, captions = list(map(int, image_ids)), list(map(int, caption_ids))
@@ -93,7 +92,7 @@ def eccv_cxc_metrics(
 
 
 def check_judged_queries(image_ids: Sequence[int], caption_ids: Sequence[int]) -> None:
-    """UserError where a judged query is not among the images [N] and captions [M] of a split, COCO's ids."""
+    """Raise `UserError` if a judged query is not among the COCO ids of the images [N] and captions [M]."""
     queries = {"i2t": set(map(int, image_ids)), "t2i": set(map(int, caption_ids))}
     for name in SETS:
         for direction, matches in load_matches(name).items():
@@ -101,12 +100,13 @@ def check_judged_queries(image_ids: Sequence[int], caption_ids: Sequence[int]) -
             if absent:
                 raise UserError(
                     f"{name} judges {len(matches)} queries {direction}, and {len(absent)} of them are not in this "
-                    f"split (COCO id {absent[0]} is one): give all 5,000 images and 25,000 captions of COCO's test"
+                    f"split (COCO id {absent[0]}, for example): all 5,000 images and 25,000 captions of COCO's test "
+                    "split are needed"
                 )
 
 
 def find_annotations(data_root: Path) -> Path | None:
-    """COCO's captions_val2014.json in the places where a data set under `data_root` has it; None where it has not."""
+    """Return the path of COCO's captions_val2014.json below `data_root`, or None."""
     folders = [data_root / "coco" / "annotations", data_root / "annotations", data_root / "coco"]
     return next((folder / ANNOTATIONS for folder in folders if (folder / ANNOTATIONS).is_file()), None)
 
@@ -114,15 +114,14 @@ def find_annotations(data_root: Path) -> Path | None:
 def coco_ids(
     paths: Sequence[str], captions: Sequence[str], image_of_text: Tensor, annotations: Path
 ) -> tuple[list[int], list[int]]:
-    """COCO's ids of images (from their file names) and captions (by their words, from captions_val2014.json).
+    """Return COCO's ids of images (from file names) and of captions (by image and words in `annotations`).
 
-    paths [N], captions [M], image_of_text [M]. Karpathy's file does not carry the annotation ids, so they are looked
-    up: the annotations of the same image with the same words, white space aside.
+    paths [N], captions [M], image_of_text [M]; white space in captions is ignored.
     """
     numbers = [re.search(r"(\d+)$", Path(path).stem) for path in paths]
     unnamed = [path for path, number in zip(paths, numbers, strict=True) if number is None]
     if unnamed:
-        raise UserError(f"{unnamed[0]} is not named as COCO names its images (COCO_val2014_000000391895.jpg)")
+        raise UserError(f"{unnamed[0]} does not have a file name of COCO (COCO_val2014_000000391895.jpg)")
     images = [int(number.group(1)) for number in numbers if number is not None]
     known = _annotations_by_words(annotations)
     found = []
@@ -130,10 +129,10 @@ def coco_ids(
         candidates = known.get((images[owner], _words(caption)), [])
         if not candidates:
             raise UserError(
-                f"{annotations} has no annotation of image {images[owner]} that reads {caption!r}: give the "
+                f"{annotations} has no annotation {caption!r} of image {images[owner]}: give the "
                 "captions_val2014.json that belongs to this split"
             )
-        found.append(candidates.pop(0))  # an image may have the same words twice
+        found.append(candidates.pop(0))  # an image can have the same caption twice
     return images, found
 
 
@@ -144,7 +143,7 @@ def _annotations_by_words(path: Path) -> dict[tuple[int, str], list[int]]:
             known.setdefault((int(entry["image_id"]), _words(entry["caption"])), []).append(int(entry["id"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no file of COCO annotations ({error!r}); ECCV Caption and CxC need captions_val2014.json"
+            f"{path} is not a COCO annotation file ({error!r}); ECCV Caption and CxC need captions_val2014.json"
         ) from error
     return known
 
@@ -158,7 +157,7 @@ def _rankings(top: Tensor, queries: Sequence[int], items: Sequence[int]) -> dict
 
 
 def _of_set(name: str, rankings: Mapping[int, list[int]], matches: Matches) -> dict[str, float]:
-    """The metrics that are reported for a set, in percent."""
+    """Return the reported metrics of a set in percent."""
     judged = [(rankings[query], right) for query, right in matches.items()]
     if name == "cxc":
         values = {f"r{k}": [recall_at_matches(*pair, k) for pair in judged] for k in (1, 5, 10)}

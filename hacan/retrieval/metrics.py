@@ -1,8 +1,8 @@
 """Retrieval metrics as pure functions of scores and ranks (METHOD section 6).
 
-Ranks count from 0; `inf` is a miss: no correct item among those that were ranked. A tie with a wrong item counts
-against us. Ground truth is never "five captions an image": an item is correct for a query when both belong to the same
-image, which `query_images` and `item_images` say. With `image_of_text` [M] and N images:
+Ranks count from 0; `inf` is a miss: no correct item is among the ranked ones. A tie with a wrong item counts against
+the model. An item is correct for a query if both belong to the same image, as given by `query_images` and
+`item_images`. With `image_of_text` [M] and N images:
 
     image to text: query_images = arange(N), item_images = image_of_text
     text to image: query_images = image_of_text, item_images = arange(N)
@@ -28,9 +28,9 @@ RECALLS = (1, 5, 10)
 
 
 def ranks_of_first_match(scores: Tensor, *, query_images: Tensor, item_images: Tensor) -> Tensor:
-    """Rank of the best correct item of every query, over the whole gallery.
+    """Return the rank of the best correct item of every query over the whole gallery.
 
-    scores [Q, G], query_images [Q], item_images [G]; [Q] float64 from 0, inf where the gallery holds no correct item.
+    scores [Q, G], query_images [Q], item_images [G]; [Q] float64 from 0, inf if the gallery has no correct item.
 
         rank(q) = number of wrong items g with score(q, g) >= max over correct items of score(q, .)
     """
@@ -47,7 +47,7 @@ def ranks_of_first_match(scores: Tensor, *, query_images: Tensor, item_images: T
 
 
 def recall_at(ranks: Tensor, k: int) -> float:
-    """Recall at K in percent: the share of queries [Q] whose rank is below K."""
+    """Return recall at K in percent: the share of queries [Q] with a rank below K."""
     _check_ranks(ranks)
     return 100.0 * int((ranks < k).sum()) / len(ranks)
 
@@ -76,21 +76,21 @@ def mean_rank(ranks: Tensor) -> float:
 
 
 def missed(ranks: Tensor) -> float:
-    """Share of the queries without a rank, in percent: no correct item was in the shortlist."""
+    """Return the percentage of queries without a correct item in the shortlist."""
     _check_ranks(ranks)
     return 100.0 * int(torch.isinf(ranks).sum()) / len(ranks)
 
 
 def release_ranks(ranks: Tensor) -> Tensor:
-    """The ranks that the first public release would have counted: a miss is rank 0, a hit. For the audit only.
+    """Return the ranks by the first public release's rule, in which a miss is rank 0, a hit. For the audit only.
 
-    With this rule a random scorer reaches an Rsum of 575 on 1,000 images at K = 50 (METHOD section 6).
+    With this rule a random scorer reaches an Rsum of about 573 on 1,000 images at K = 50 (METHOD section 6).
     """
     return torch.where(torch.isinf(ranks), torch.zeros_like(ranks), ranks)
 
 
 def retrieval_metrics(ranks_i2t: Tensor, ranks_t2i: Tensor) -> RetrievalMetrics:
-    """All metrics of one ranking, from the ranks of both directions ([N] and [M], from 0, inf for a miss)."""
+    """Return all metrics of one ranking from the ranks of both directions ([N] and [M], from 0, inf for a miss)."""
     both = (ranks_i2t, ranks_t2i)
     recalls = [recall_at(ranks, k) for ranks in both for k in RECALLS]
     others = [kind(ranks) for kind in (median_rank, mean_rank, missed) for ranks in both]
@@ -98,22 +98,22 @@ def retrieval_metrics(ranks_i2t: Tensor, ranks_t2i: Tensor) -> RetrievalMetrics:
 
 
 def mean_of_metrics(folds: list[RetrievalMetrics]) -> RetrievalMetrics:
-    """The mean over folds, metric by metric (COCO 1K: five folds, each ranked on its own)."""
+    """Return the mean over folds of every metric (COCO 1K: five folds, each ranked on its own)."""
     if not folds:
         raise ValueError("folds is empty; pass the metrics of at least one fold")
     return RetrievalMetrics(*(sum(values) / len(folds) for values in zip(*folds, strict=True)))
 
 
 def check_scores(name: str, scores: Tensor) -> None:
-    """A NaN is an error, never a rank: sorted in descending order it would come first."""
+    """Raise `ValueError` for NaN, which would come first in descending order."""
     if scores.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(scores.shape)}; pass a score matrix [queries, items]")
     bad = int(torch.isnan(scores).sum())
     if bad:
         row, column = torch.isnan(scores).nonzero()[0].tolist()
         raise ValueError(
-            f"{name} holds {bad} NaN of {scores.numel()}, the first at [{row}, {column}]; a NaN has no rank: look for "
-            "the model or the features that made it"
+            f"{name} holds {bad} NaN of {scores.numel()}, the first at [{row}, {column}]; a NaN has no rank: check the "
+            "model and the features"
         )
 
 

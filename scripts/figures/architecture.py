@@ -10,6 +10,7 @@ import argparse
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, label: str,
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, dashed: bool = False) -> None:
     """Draw a line through the points, with a head at the last one."""
-    style = {"color": colour, "linewidth": 1.1, "linestyle": "--" if dashed else "-"}
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.1, "linestyle": "--" if dashed else "-"}
     for start, end in pairwise(points[:-1]):
         axes.plot(*zip(start, end, strict=True), solid_capstyle="round", **style)
     axes.add_patch(
