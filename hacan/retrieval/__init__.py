@@ -1,1 +1,3 @@
-"""Retrieval: ranks and metrics, coarse-to-fine ranking, banks of features, and the one evaluator of every number."""
+"""Retrieval: encode a split once, rank coarse to fine, and compute metrics with their provenance."""
+
+from hacan.retrieval.ranking import rank_shortlists as rank_shortlists

@@ -191,7 +191,7 @@ class _Encoder:
         bar.close()
         self.processes.barrier()
         if self._needs_float32():  # found by any process
-            raise _NeedsFloat32((self.entry / FLOAT32_NEEDED).read_text())
+            raise _NeedsFloat32((self.entry / FLOAT32_NEEDED).read_text(errors="replace"))
         left = sum(missing.values())
         if world_size > 1:
             arrays.reopen()
@@ -238,7 +238,7 @@ class _Arrays:
         self.arrays: Features = {}
         for name, dtype in self.dtypes.items():
             array = _open_npy(self.folder / f"{name}.npy")
-            if array is None or array.dtype != dtype or len(array) != self._length(name):
+            if array is None or array.dtype != dtype or array.shape[:1] != (self._length(name),):
                 self.arrays = {}
                 return
             self.arrays[name] = array
@@ -254,10 +254,10 @@ class _Arrays:
         return torch.arange(int(lengths.sum())) + shifts.repeat_interleave(lengths)
 
     def write(self, rows: Tensor, features: Features) -> None:
-        """Write the features of some rows; the first call creates arrays of their widths."""
+        """Write the features of some rows; arrays that are missing or have other widths are created."""
         for name, value in features.items():
-            if name not in self.arrays:
-                shape = (self._length(name), *value.shape[1:])
+            shape = (self._length(name), *value.shape[1:])
+            if name not in self.arrays or self.arrays[name].shape != shape:
                 self.arrays[name] = map_npy(self.folder / f"{name}.npy", shape, self.dtypes[name])
             self.arrays[name][self._places(name, rows)] = value.to("cpu", self.dtypes[name])
 
@@ -268,11 +268,12 @@ class _Arrays:
     def is_complete(self, shard: int, rows: Tensor) -> bool:
         """Return whether the shard is marked and its values have the recorded checksum."""
         mark = self.folder / f"shard-{shard}"
-        return bool(self.arrays) and mark.is_file() and mark.read_text() == self._checksum(rows)
+        return bool(self.arrays) and mark.is_file() and mark.read_bytes() == self._checksum(rows).encode()
 
     def _checksum(self, rows: Tensor) -> str:
         checksum = zlib.crc32(self.seed.encode())
         for name, array in self.arrays.items():
+            checksum = zlib.crc32(f"{name} {tuple(array.shape)}".encode(), checksum)
             values = array[self._places(name, rows)].contiguous().numpy()
             checksum = zlib.crc32(values.reshape(-1).view(np.uint8).data, checksum)
         return f"{checksum:08x}"
@@ -309,7 +310,7 @@ def _open_npy(path: Path) -> Tensor | None:
     """Return the mapped array of a file; None if the file is missing or not a valid .npy."""
     try:
         return torch.from_numpy(np.lib.format.open_memmap(path, "r+"))
-    except (FileNotFoundError, ValueError, TypeError):
+    except Exception:  # numpy parses the header as Python: a damaged one raises errors of many types
         return None
 
 

@@ -163,12 +163,12 @@ def test_an_interrupted_encoding_resumes_after_its_last_complete_shard(tmp_path)
     split.check(gallery)
 
 
-@pytest.mark.parametrize("mark", ["", "00000000", "nonsense"])
+@pytest.mark.parametrize("mark", [b"", b"00000000", b"nonsense", b"\xff\xfe"])
 def test_a_wrong_completion_mark_is_not_believed(tmp_path, mark):
     split = ToySplit()
     split.encode(folder=tmp_path)
     (file,) = tmp_path.glob("*/images/shard-1")
-    file.write_text(mark)
+    file.write_bytes(mark)
     gallery = split.encode(folder=tmp_path)
     assert split.seen["images"] == [4, 5, 6]
     split.check(gallery)
@@ -231,23 +231,66 @@ def test_damaged_features_are_encoded_again(tmp_path, damage):
     split.check(gallery)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 9])
-def test_several_processes_share_the_encoding(tmp_path, world_size):
-    alone = ToySplit().encode(folder=None)
+def damaged_header(file, old, new):
+    content = file.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    file.write_bytes(content.replace(old, new))
+
+
+FOREIGN_ARRAYS = {
+    "wider": lambda file: np.save(file, np.zeros((IMAGES, MID, WIDTH + 1), np.float16)),
+    "more regions": lambda file: np.save(file, np.zeros((IMAGES, MID + 1, WIDTH), np.float16)),
+    "one axis": lambda file: np.save(file, np.zeros(IMAGES, np.float16)),
+    "no axis": lambda file: np.save(file, np.zeros((), np.float16)),
+    "another type": lambda file: np.save(file, np.load(file).astype(np.float64)),
+    "strings": lambda file: np.save(file, np.array(["x"] * IMAGES)),
+    "empty file": lambda file: file.write_bytes(b""),
+    "header is not Python": lambda file: damaged_header(file, b"(7, 3, 5)", b"(7, 3, 5("),
+    "axes exchanged": lambda file: damaged_header(file, b"(7, 3, 5)", b"(7, 5, 3)"),
+    "shape beyond every disk": lambda file: damaged_header(
+        file, b"(7, 3, 5), }" + b" " * 16, b"(7, 9" + b"9" * 17 + b",5), }"
+    ),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", FOREIGN_ARRAYS)
+def test_foreign_arrays_are_recreated(tmp_path, kind, world_size):
+    ToySplit().encode(folder=tmp_path)
+    (file,) = tmp_path.glob("*/images/mid.npy")
+    FOREIGN_ARRAYS[kind](file)
+    splits, galleries = encode_in_processes(tmp_path, world_size)
+    assert sorted(row for split in splits for row in split.seen["images"]) == list(range(IMAGES))
+    for gallery in galleries:
+        ToySplit().check(gallery)
+    again = ToySplit()
+    again.check(again.encode(folder=tmp_path))
+    again.encode(folder=tmp_path)
+    assert again.counts() == (0, 0)
+
+
+def encode_in_processes(folder, world_size):
+    """Encode in threads that act as processes; return their splits and galleries."""
     barrier = threading.Barrier(world_size)
     splits = [ToySplit() for _ in range(world_size)]
     galleries = [None] * world_size
 
     def process(rank):
-        galleries[rank] = splits[rank].encode(
-            folder=tmp_path, processes=Processes(rank, world_size, lambda: barrier.wait(30))
-        )
+        processes = Processes(rank, world_size, lambda: barrier.wait(30))
+        galleries[rank] = splits[rank].encode(folder=folder, processes=processes)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return splits, galleries
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_several_processes_share_the_encoding(tmp_path, world_size):
+    alone = ToySplit().encode(folder=None)
+    splits, galleries = encode_in_processes(tmp_path, world_size)
     for gallery in galleries:
         assert all(torch.equal(a, b) for a, b in zip(gallery.images, alone.images, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(gallery.texts, alone.texts, strict=True))

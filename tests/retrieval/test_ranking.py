@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hacan.retrieval
 from hacan.retrieval import curve as curves
 from hacan.retrieval import ranking
 from hacan.retrieval.curve import COLUMNS, Curve, mean_curve, recalls_by_k, trade_off
@@ -59,6 +60,10 @@ def retriever_of(coarse, fine, image_of_text, top_k, **arguments):
 
 def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_rank_shortlists_is_public():
+    assert hacan.retrieval.rank_shortlists is rank_shortlists
 
 
 @given(galleries())
