@@ -15,7 +15,7 @@ from hacan.retrieval.significance import compare_results, load_result
 from scripts.compare_results import main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_results.py"
-RECEIPT = {
+PROVENANCE = {
     "dataset": "f30k",
     "split": "test",
     "protocol": "whole split",
@@ -36,11 +36,11 @@ RECEIPT = {
 }
 
 
-def save(folder, *, i2t=(0, 1, math.inf, 0), t2i=(0, 0, 3, 7, math.inf, 0), folds=1, **receipt):
+def save(folder, *, i2t=(0, 1, math.inf, 0), t2i=(0, 0, 3, 7, math.inf, 0), folds=1, **fields):
     ranks = [(torch.tensor(i2t, dtype=torch.float64), torch.tensor(t2i, dtype=torch.float64))] * folds
     metrics = retrieval_metrics(*ranks[0])
     Evaluation(
-        provenance={**RECEIPT, **receipt},
+        provenance={**PROVENANCE, **fields},
         coarse=metrics,
         hierarchical=metrics,
         release_rule=retrieval_metrics(*map(release_ranks, ranks[0])),
@@ -52,7 +52,7 @@ def save(folder, *, i2t=(0, 1, math.inf, 0), t2i=(0, 0, 3, 7, math.inf, 0), fold
     return folder
 
 
-def test_equal_receipts_are_compared_query_by_query(tmp_path):
+def test_equal_provenance_is_compared_query_by_query(tmp_path):
     one = load_result(save(tmp_path / "a"))
     other = load_result(save(tmp_path / "b", i2t=(0, 0, 0, 0)) / "metrics.json")
     text = compare_results(one, other, resamples=500)
@@ -81,7 +81,7 @@ def test_different_systems_are_compared_and_named(tmp_path, field):
 
 
 def test_models_of_equal_weights_are_told_apart_by_their_settings(tmp_path):
-    member = RECEIPT["members"][0]
+    member = PROVENANCE["members"][0]
     one = load_result(save(tmp_path / "a", members=[member | {"text_levels": [-3, -1], "embed_dim": 8}]))
     other = load_result(save(tmp_path / "b", members=[member | {"text_levels": [-2, -1], "embed_dim": 8}]))
     line = next(line for line in compare_results(one, other, resamples=9).splitlines() if "members" in line)
@@ -89,7 +89,7 @@ def test_models_of_equal_weights_are_told_apart_by_their_settings(tmp_path):
     assert "embed_dim" not in line
 
 
-def test_rules_may_be_crossed_on_purpose_and_data_never(tmp_path):
+def test_rules_may_differ_with_across_but_data_never(tmp_path):
     one, other = load_result(save(tmp_path / "a")), load_result(save(tmp_path / "b", top_k=100))
     assert "they differ in top_k: 50 | 100" in compare_results(one, other, across=("top_k",), resamples=10)
     with pytest.raises(UserError, match="--across top_k"):
@@ -104,7 +104,7 @@ def test_folds_are_compared_fold_by_fold(tmp_path):
     assert "they differ in direction: t2i | i2t" in compare_results(one, other, resamples=10)
 
 
-def test_bad_files_end_in_one_line(tmp_path):
+def test_bad_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match=r"nowhere cannot be read \(No such file"):
         load_result(tmp_path / "nowhere")
     folder = save(tmp_path / "a")

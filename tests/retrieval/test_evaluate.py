@@ -77,7 +77,7 @@ def make_split(image_of_text, *, images, seed=0, batch_size=4):
         image_batches=image_batches,
         text_batches=text_batches,
         batch_size=batch_size,
-        images_hash="pictures",
+        images_hash="images",
     )
     return split, pixels, tokens, lengths
 
@@ -194,7 +194,7 @@ def test_an_image_without_captions_is_no_query_but_stays_in_the_gallery():
     assert found.hierarchical.missed_i2t == 0
 
 
-def test_the_audit_is_labelled_and_says_what_the_release_rule_adds():
+def test_the_audit_is_labelled_and_reports_what_the_release_rule_adds():
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
     found = run([make_scorer()], split, Protocol(top_k=1))
     assert found.hierarchical.missed_t2i > 0
@@ -206,8 +206,8 @@ def test_the_audit_is_labelled_and_says_what_the_release_rule_adds():
     assert content["hierarchical"]["rsum"] == found.hierarchical.rsum
     table = format_table(found)
     assert "Audit, not a result" in table and "hierarchical K=1" in table
-    honest = next(line for line in table.splitlines() if line.startswith("hierarchical"))
-    assert f"{found.hierarchical.rsum:.1f}" in honest and f"{found.release_rule.rsum:.1f}" not in honest
+    row = next(line for line in table.splitlines() if line.startswith("hierarchical"))
+    assert f"{found.hierarchical.rsum:.1f}" in row and f"{found.release_rule.rsum:.1f}" not in row
 
 
 def test_a_shortlist_of_everything_leaves_nothing_to_inflate():
@@ -229,23 +229,23 @@ def test_the_table_names_an_ensemble_and_its_members():
     assert max(map(len, table.splitlines())) <= 120
 
 
-def test_the_receipt_says_what_was_measured(tmp_path):
+def test_provenance_describes_the_evaluation(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
     member = make_scorer()._replace(settings={"lambda_softmax": 9.0})
     found = run([member], split, Protocol(top_k=4), bootstrap=20, seed=7)
     found.save(tmp_path)
     text = (tmp_path / "metrics.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    receipt = content["receipt"]
+    record = content["receipt"]
     expected = {"dataset": "toy", "split": "test", "images": 10, "texts": 15, "top_k": 4, "coarse": "global", "seed": 7}
-    assert expected.items() <= receipt.items()
-    assert receipt["alignment"] == "hybrid" and receipt["direction"] == "t2i" and receipt["precision"] == "32-true"
-    assert receipt["features"] == "float16" and len(receipt["ids_hash"]) == 64
+    assert expected.items() <= record.items()
+    assert record["alignment"] == "hybrid" and record["direction"] == "t2i" and record["precision"] == "32-true"
+    assert record["features"] == "float16" and len(record["ids_hash"]) == 64
     described = {"checkpoint": "0.ckpt", "hash": member.checkpoint_hash, "alignment": "hybrid", "direction": "t2i"}
-    assert receipt["members"] == [described | {"lambda_softmax": 9.0}] and not receipt["ensemble"]
-    assert {"torch", "python", "transformers", "timm", "numpy"} <= receipt["versions"].keys()
+    assert record["members"] == [described | {"lambda_softmax": 9.0}] and not record["ensemble"]
+    assert {"torch", "python", "transformers", "timm", "numpy"} <= record["versions"].keys()
     for stage in ("encode images", "encode texts", "coarse", "fine", "rank"):
-        assert receipt["stages"][stage]["seconds"] > 0 and receipt["stages"][stage]["host_peak_mib"] > 10
+        assert record["stages"][stage]["seconds"] > 0 and record["stages"][stage]["host_peak_mib"] > 10
     assert len(content["intervals_95"]["hierarchical"]) == 7
     with np.load(tmp_path / "ranks.npz") as ranks:
         assert torch.equal(torch.from_numpy(ranks["hierarchical_t2i_0"]), found.ranks[0][1])
@@ -269,7 +269,7 @@ def test_infinite_numbers_are_null_in_json(tmp_path):
     assert found == {"a": None, "b": [1.5, None, None], "c": [2, "x", None, True]}
 
 
-def test_kept_features_serve_another_protocol_but_not_another_model(tmp_path):
+def test_cached_features_are_used_for_other_protocols_but_not_other_models(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
     encoded = []
 
@@ -295,7 +295,7 @@ def test_kept_features_serve_another_protocol_but_not_another_model(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_features_of_other_evaluations_make_room(tmp_path):
+def test_features_of_other_evaluations_are_pruned(tmp_path):
     split, *_ = make_split(IMAGE_OF_TEXT, images=10)
     run([make_scorer(0)], split, folder=tmp_path)
     first = list(tmp_path.iterdir())

@@ -164,7 +164,7 @@ def test_an_interrupted_encoding_resumes_after_its_last_complete_shard(tmp_path)
 
 
 @pytest.mark.parametrize("mark", [b"", b"00000000", b"nonsense", b"\xff\xfe"])
-def test_a_wrong_completion_mark_is_not_believed(tmp_path, mark):
+def test_a_wrong_completion_mark_is_rejected(tmp_path, mark):
     split = ToySplit()
     split.encode(folder=tmp_path)
     (file,) = tmp_path.glob("*/images/shard-1")
@@ -176,7 +176,7 @@ def test_a_wrong_completion_mark_is_not_believed(tmp_path, mark):
     assert split.counts() == (0, 0)
 
 
-def test_files_of_another_entry_are_not_believed(tmp_path):
+def test_files_of_another_entry_are_rejected(tmp_path):
     """The checksum depends on the key, so that copied files do not pass for this entry's."""
     one, other = ToySplit(), ToySplit(seed=1)
     one.encode(folder=tmp_path / "one")

@@ -46,7 +46,7 @@ def test_ranks_are_those_of_sorting(data):
         assert found[q] == references.loop_rank(order, right.__getitem__)
 
 
-def test_a_tie_with_a_wrong_item_counts_against_us_and_with_a_correct_one_does_not():
+def test_a_tie_with_a_wrong_item_counts_against_the_model_and_with_a_correct_one_does_not():
     scores = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     query = torch.tensor([7])
     assert ranks_of_first_match(scores, query_images=query, item_images=torch.tensor([7, 7, 7, 1])).tolist() == [0]
@@ -69,7 +69,7 @@ def test_a_query_without_a_correct_item_is_a_miss():
     assert ranks.tolist() == [0, INF]
 
 
-def test_nan_is_an_error_and_says_where():
+def test_nan_is_an_error_with_its_position():
     scores = torch.zeros(2, 3)
     scores[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"1 NaN of 6, the first at \[1, 2\]"):
@@ -80,7 +80,7 @@ def test_nan_is_an_error_and_says_where():
         recall_at(torch.tensor([-1.0]), 1)
 
 
-def test_hand_made_figures():
+def test_metrics_of_hand_made_ranks():
     i2t = torch.tensor([0.0, 4.0, INF, 9.0, 1.0])
     t2i = torch.tensor([0.0, 0.0, 10.0, 5.0])
     assert [recall_at(i2t, k) for k in (1, 5, 10)] == [20.0, 60.0, 80.0]

@@ -195,7 +195,7 @@ def test_every_listed_pair_is_scored_once(small_blocks):
     assert {(i, j) for j in range(11) for i in found.top_t2i[j].tolist()} <= set(seen)
 
 
-def test_the_coarse_matrix_is_never_asked_for_whole(small_blocks):
+def test_the_coarse_matrix_is_never_requested_whole(small_blocks):
     asked = []
     coarse = torch.rand(7, 11)
 
@@ -256,7 +256,7 @@ def test_wrong_arguments_are_named():
 
 @given(galleries())
 @settings(deadline=None, max_examples=30)
-def test_the_curve_is_what_ranking_anew_for_every_k_gives(gallery):
+def test_the_curve_equals_ranking_with_every_k(gallery):
     coarse, fine, image_of_text, _ = gallery
     asked = torch.bincount(image_of_text, minlength=len(coarse)) > 0
     with pytest.MonkeyPatch.context() as patch:
