@@ -9,7 +9,13 @@ import sys
 import pytest
 
 from config import ex
+from datamodules.records import SPLITS
+from hacan.alignment.base import DIRECTIONS
+from hacan.alignment.hybrid import FOCAL_TYPES
 from hacan.errors import UserError
+from hacan.losses import HARD_NEGATIVE_LOSSES
+from hacan.models.aggregator import ACTIVATIONS
+from hacan.retrieval.ensemble import AUTOCAST_TYPES
 from hacan.settings import Settings, describe
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -156,3 +162,14 @@ def test_the_help_of_run_has_examples():
     result = subprocess.run([sys.executable, "run.py", "--help"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     assert "python run.py with data_root=/data" in result.stdout and "python run.py keys" in result.stdout
+
+
+def test_choices_are_those_of_the_modules_that_use_them():
+    choices = {key: rule["choices"] for keys in describe().values() for key, rule in keys.items()}
+    for key in ("loss", "warmup_loss"):
+        assert set(choices[key]) == {*HARD_NEGATIVE_LOSSES, "InfoNCE"}, key
+    assert set(choices["activation"]) == set(ACTIVATIONS)
+    assert set(choices["direction"]) == set(DIRECTIONS)
+    assert set(choices["focal_type"]) == set(FOCAL_TYPES)
+    assert set(choices["precision"]) == set(AUTOCAST_TYPES)
+    assert set(choices["eval_split"]) == set(SPLITS)

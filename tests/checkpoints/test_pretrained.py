@@ -205,8 +205,12 @@ def test_the_card_quotes_the_results(trained, tmp_path, place):
     export(path, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "f8k test, whole split: 1,000 images, 5,000 texts; shortlist K = 50, coarse score: global." in card
-    assert "| coarse | 8.2 | 50.0 | 100.0 | 10.0 | 50.0 | 100.0 | 321.0 |" in card
-    assert "| hierarchical | 10.0 | 50.0 | 100.0 | 10.0 | 50.0 | 100.0 | 321.0 |" in card
+    rows = (
+        "\n|---|---|---|---|---|---|---|---|\n"
+        "| coarse | 8.2 | 50.0 | 100.0 | 10.0 | 50.0 | 100.0 | 321.0 |\n"
+        "| hierarchical | 10.0 | 50.0 | 100.0 | 10.0 | 50.0 | 100.0 | 321.0 |\n\n"
+    )
+    assert rows in card  # a blank line between the rows would end the Markdown table
     assert "hash in the provenance record is that of these weights" in card
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics_of(model)
 
