@@ -116,9 +116,9 @@ def test_ids_are_looked_up_by_picture_and_words(tmp_path):
     pictures = ["x/COCO_val2014_000000000009.jpg", "x/COCO_val2014_000000000005.jpg"]
     images, captions = coco_ids(pictures, ["A dog.", "A cat", "A dog.", "A dog. "], torch.tensor([0, 1, 1, 1]), path)
     assert images == [9, 5] and captions == [71, 72, 70, 73]
-    with pytest.raises(UserError, match="no annotation of image 9 that reads 'A cat'"):
+    with pytest.raises(UserError, match="no annotation 'A cat' of image 9"):
         coco_ids(pictures, ["A cat"], torch.tensor([0]), path)
-    with pytest.raises(UserError, match="is not named as COCO names"):
+    with pytest.raises(UserError, match="does not have a file name of COCO"):
         coco_ids(["x/photo.jpg"], [], torch.tensor([]), path)
 
 
@@ -127,7 +127,7 @@ def test_a_bad_annotation_file_is_one_line(tmp_path, content):
     path = tmp_path / "captions_val2014.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match="is no file of COCO annotations"):
+    with pytest.raises(UserError, match="is not a COCO annotation file"):
         coco_ids(["COCO_val2014_000000000009.jpg"], ["a"], torch.tensor([0]), path)
 
 
