@@ -1,4 +1,4 @@
-"""People's own data: `captions.csv` or `captions.jsonl` of image, caption and maybe split, beside the images."""
+"""Custom data: `captions.csv` or `captions.jsonl` with image, caption and optionally split, beside the images."""
 
 import csv
 import hashlib
@@ -7,31 +7,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.folders import check_image_files, check_root, first_file, safe_path
-from datamodules.json_files import caption_of, expect, member, parse_json
+from datamodules.files import (
+    caption_of,
+    check_image_files,
+    check_root,
+    expect,
+    first_file,
+    member,
+    parse_json,
+    safe_path,
+)
 from datamodules.records import SPLITS, CaptionedImage
 from hacan.errors import UserError
 
 log = logging.getLogger(__name__)
 
 NAMES = ("captions.csv", "captions.jsonl")
-SHARES = {"test": 0.1, "val": 0.1}  # of the images, where the file says nothing; all others are train
+SHARES = {"test": 0.1, "val": 0.1}  # share of the images if the file has no splits; the rest is train
 
 
 class Row(NamedTuple):
-    """One line of the file."""
+    """A row of the file."""
 
     image: str
     caption: str
-    split: str | None  # None: the file does not say
-    place: str  # for errors
+    split: str | None  # None: not in the file
+    place: str  # named in errors
 
 
 def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[CaptionedImage]:
-    """Records of `data_root/captions.csv` or `.jsonl`; several rows of one image are several captions.
+    """Return the records of `data_root/captions.csv` or `.jsonl`; several rows of one image are several captions.
 
-    Image names are relative to `data_root/images` where that folder is, otherwise to `data_root`. Without a split the
-    image's name decides: a hash of it puts 10% into test, 10% into val, and stays so when images are added.
+    Image names are relative to `data_root/images` if that folder exists, otherwise to `data_root`. Without a split, a
+    hash of the image's name puts 10% into test and 10% into val; adding images does not move others.
     """
     check_root(data_root)
     path = first_file([data_root / name for name in NAMES], what="the captions file")
@@ -42,14 +50,14 @@ def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[Cap
     records = group_rows(rows, pictures)
     if all(row.split is None for row in rows):
         counts = {split: sum(record.split == split for record in records) for split in SPLITS}
-        log.warning("%s names no splits: a hash of each image's name puts it into one, %s", path, counts)
+        log.warning("%s has no splits: images are assigned by a hash of their names, %s", path, counts)
     if check_files:
         check_image_files((record.path for record in records), listed_in=path)
     return records
 
 
 def group_rows(rows: list[Row], pictures: Path) -> list[CaptionedImage]:
-    """One record for each image, in the order of first mention."""
+    """Return one record per image, in the order of first occurrence."""
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
     for row in rows:
@@ -73,7 +81,7 @@ def group_rows(rows: list[Row], pictures: Path) -> list[CaptionedImage]:
 
 
 def split_of_name(image: str) -> str:
-    """The split of an image that no file puts into one: by the SHA-256 of its name."""
+    """Return the split of an image by the SHA-256 of its name, for files without splits."""
     place = int.from_bytes(hashlib.sha256(image.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
     for split, share in SHARES.items():
         if place < share:

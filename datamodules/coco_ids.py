@@ -5,17 +5,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.folders import check_image_files, check_root, first_folder, safe_path
-from datamodules.json_files import caption_of, member, read_json
+from datamodules.files import caption_of, check_image_files, check_root, first_folder, member, read_json, safe_path
 from datamodules.karpathy import COCO, image_folder
 from datamodules.records import CaptionedImage
 from hacan.errors import UserError
 
-ID_FILES = {"train": "train", "val": "dev", "test": "test"}  # our split -> the name in coco_*_ids.npy
+ID_FILES = {"train": "train", "val": "dev", "test": "test"}  # split -> name in coco_*_ids.npy
 
 
 class Annotation(NamedTuple):
-    """One caption and the image it belongs to."""
+    """A caption and its image."""
 
     image_id: int
     caption: str
@@ -23,9 +22,9 @@ class Annotation(NamedTuple):
 
 
 def read_coco_ids(data_root: Path, *, use_restval: bool, check_files: bool = True) -> list[CaptionedImage]:
-    """Records from `annotations/captions_{train,val}2014.json` and `annotations/coco_*_ids.npy`.
+    """Return the records of `annotations/captions_{train,val}2014.json` and `annotations/coco_*_ids.npy`.
 
-    A split lists annotations; an image has those of its captions that are listed, in the order of the list.
+    A list contains the annotations of a split; an image has those of its captions that are listed, in their order.
     """
     check_root(data_root)
     folder = first_folder([data_root / name for name in COCO.folders], what="the data set's folder")
@@ -67,23 +66,23 @@ def _chosen(annotations: dict[int, Annotation], path: Path) -> list[Annotation]:
 
 
 def read_ids(path: Path) -> list[int]:
-    """The annotation ids of a .npy file; never a pickle, which could run code."""
+    """Return the annotation ids of a .npy file; pickles are refused, because they can run code."""
     try:
         ids = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(
             f"the list of ids {path} not found; a dataset_coco.json in {path.parent.parent} will do as well"
         ) from error
-    except Exception as error:  # on damaged files numpy raises whatever its zip reader and its tokenizer do
+    except Exception as error:  # numpy raises many types on damaged files
         raise UserError(f"{path} is not an array of ids (.npy): {' '.join(str(error).split())}") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
         kind = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise UserError(f"{path} holds {kind}: expected whole numbers in one row, one at least")
+        raise UserError(f"{path} holds {kind}: expected a non-empty one-dimensional array of integers")
     return ids.tolist()
 
 
 def parse_annotations(content: Any, pictures: Path, *, where: str) -> dict[int, Annotation]:
-    """Captions by annotation id, of a COCO captions file's content."""
+    """Return the captions of a COCO captions file's content by annotation id."""
     paths: dict[int, Path] = {}
     for number, image in enumerate(member(content, "images", list, where=where)):
         place = f"{where}, images[{number}]"

@@ -1,4 +1,4 @@
-"""The one data module: data sets differ in their records, not in classes."""
+"""The LightningDataModule of all data sets, which differ only in their records."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,18 +8,17 @@ import pytorch_lightning as pl
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.evaluation_data import EvaluationImages, EvaluationSplit, EvaluationTexts
-from datamodules.framing import PHOTOS, Framing
-from datamodules.readers import framing_of, read_records
+from datamodules.readers import read_records
 from datamodules.records import CaptionedImage, of_split
 from datamodules.sampling import TrainingOrder
 from datamodules.tokens import TokenTable, tokenise
 from datamodules.training_data import TrainingLoader, TrainingPairs
-from datamodules.transforms import evaluation_transform, training_transform
+from datamodules.transforms import PHOTOS, Cropping, cropping_of, evaluation_transform, training_transform
 from hacan.errors import UserError
 
 
 class PairDataModule(pl.LightningDataModule):
-    """Training batches of image-caption pairs, and splits for evaluation, from any records.
+    """Training batches of image-caption pairs and evaluation splits from any records.
 
     `batch_size` counts the pairs of an optimiser step over all processes, `per_gpu_batchsize` those of one forward
     pass of one process. `progress`: show bars while captions are tokenised.
@@ -37,7 +36,7 @@ class PairDataModule(pl.LightningDataModule):
         num_workers: int,
         seed: int,
         on_bad_image: str = "error",
-        framing: Framing = PHOTOS,
+        cropping: Cropping = PHOTOS,
         eval_batch_size: int | None = None,
         progress: bool = True,
     ) -> None:
@@ -46,7 +45,7 @@ class PairDataModule(pl.LightningDataModule):
             raise ValueError(f"on_bad_image={on_bad_image!r}; expected error or skip")
         self._records = list(records)
         self._tokenizer, self._max_text_len = tokenizer, max_text_len
-        self._image_size, self._framing = image_size, framing
+        self._image_size, self._cropping = image_size, cropping
         self._batch_size, self._per_gpu_batchsize = batch_size, per_gpu_batchsize
         self._eval_batch_size = eval_batch_size or per_gpu_batchsize
         self._num_workers, self._seed, self._on_bad_image = num_workers, seed, on_bad_image
@@ -58,17 +57,17 @@ class PairDataModule(pl.LightningDataModule):
     # training
 
     def train_dataloader(self) -> TrainingLoader:
-        """The training batches of this process (Lightning's trainer, where there is one, says which it is)."""
+        """Return the training batches of this process, whose rank is that of the attached trainer."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._training = self.training_loader(rank=rank, world_size=world_size)
         self._training.sampler.set_position(*self._position)
         return self._training
 
     def training_loader(self, *, rank: int = 0, world_size: int = 1) -> TrainingLoader:
-        """The training batches of process `rank` of `world_size`, from the first epoch on."""
+        """Return the training batches of process `rank` of `world_size`, starting at the first epoch."""
         split, tokens = self._split("train")
         if not len(tokens):
-            raise UserError("the train split has images but not one caption: nothing to train on")
+            raise UserError("the train split has images but no captions: nothing to train on")
         if len(tokens) < world_size:
             raise UserError(
                 f"the train split has {len(tokens)} pair(s) for {world_size} processes: use fewer (num_gpus)"
@@ -78,7 +77,7 @@ class PairDataModule(pl.LightningDataModule):
             image_ids=np.array(split.image_ids, dtype=np.int64),
             image_of_text=split.image_of_text.numpy(),
             tokens=tokens,
-            transform=training_transform(self._image_size, self._framing),
+            transform=training_transform(self._image_size, self._cropping),
             seed=self._seed,
         )
         order = TrainingOrder(
@@ -99,50 +98,50 @@ class PairDataModule(pl.LightningDataModule):
         )
 
     def set_progress(self, epoch: int, batch: int) -> None:
-        """Start training at batch `batch` (counted per process, from 0) of epoch `epoch`; call it before `fit`."""
+        """Start training at batch `batch` (per process, from 0) of epoch `epoch`; call it before `fit`."""
         self._position = (epoch, batch)
         if self._training is not None:
             self._training.sampler.set_position(epoch, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning puts this into checkpoints: where the next training batch lies."""
+        """Return the position of the next training batch, which Lightning stores in checkpoints."""
         if self._training is not None:
             return self._training.state_dict()
         return {"epoch": self._position[0], "batch": self._position[1]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning calls this with what `state_dict` gave, before it asks for the loader."""
+        """Restore the position; Lightning calls this before it requests the loader."""
         self.set_progress(state_dict["epoch"], state_dict["batch"])
 
     def teardown(self, stage: str) -> None:
-        """Lightning calls this as a run ends: so do the workers."""
+        """Stop the worker processes at the end of a run."""
         if self._training is not None:
             self._training.stop()
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Unreadable images that the running epoch has left out: path and reason."""
+        """Unreadable images that the current epoch has skipped: path and reason."""
         return self._training.skipped if self._training is not None else {}
 
     # evaluation
 
     def eval_split(self, name: str) -> EvaluationSplit:
-        """Paths, captions and ground truth of a split."""
+        """Return paths, captions and ground truth of a split."""
         return self._split(name)[0]
 
     def eval_images(self, name: str, rows: Sequence[int] | None = None) -> EvaluationImages:
-        """Pixels of a split, each image once; `rows`: only these images (a shard)."""
+        """Return the pixels of a split, each image once; `rows`: only these images (a shard)."""
         split, _ = self._split(name)
         return EvaluationImages(
             split.paths,
             range(len(split.paths)) if rows is None else rows,
-            transform=evaluation_transform(self._image_size, self._framing),
+            transform=evaluation_transform(self._image_size, self._cropping),
             batch_size=self._eval_batch_size,
             num_workers=self._num_workers,
         )
 
     def eval_texts(self, name: str, rows: Sequence[int] | None = None) -> EvaluationTexts:
-        """Tokens of a split, each caption once, short ones first; `rows`: only these captions (a shard)."""
+        """Return the tokens of a split, each caption once, shortest first; `rows`: only these captions (a shard)."""
         _, tokens = self._split(name)
         return EvaluationTexts(tokens, range(len(tokens)) if rows is None else rows, batch_size=self._eval_batch_size)
 
@@ -169,5 +168,5 @@ def build_data(settings: Any, tokenizer: PreTrainedTokenizerBase) -> PairDataMod
         num_workers=data.num_workers,
         seed=settings.run.seed,
         on_bad_image=data.on_bad_image,
-        framing=framing_of(data.datasets),
+        cropping=cropping_of(data.datasets),
     )

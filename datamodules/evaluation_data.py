@@ -1,4 +1,4 @@
-"""The evaluation side: a split whose images and captions are each handed out exactly once."""
+"""Evaluation data: every image and every caption of a split exactly once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.collate import UnreadableImage, pad_tokens
+from datamodules.loader import UnreadableImage, WatchedLoader, pad_tokens
 from datamodules.records import CaptionedImage
 from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
-from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
 from hacan.images.io import read_image
 from hacan.images.preprocessing import normalise
@@ -26,11 +25,11 @@ class EvaluationSplit:
     paths: tuple[str, ...]  # N
     image_ids: tuple[int, ...]  # N
     captions: tuple[str, ...]  # M
-    image_of_text: Tensor  # [M] int64: the row in `paths` that caption j belongs to
+    image_of_text: Tensor  # [M] int64: index in `paths` of the image of caption j
 
     @classmethod
     def of_records(cls, name: str, records: Sequence[CaptionedImage]) -> "EvaluationSplit":
-        """The records of one split, flattened."""
+        """Return the split of its records."""
         counts = torch.tensor([len(record.captions) for record in records], dtype=torch.int64)
         return cls(
             name=name,
@@ -42,13 +41,13 @@ class EvaluationSplit:
 
 
 class EvaluationImages:
-    """Batches (rows [B] int64, pixels [B, 3, H, W]) of the images `rows`; an unreadable image is always an error."""
+    """Batches (rows [B] int64, pixels [B, 3, H, W]) of the images `rows`; raises `UserError` for an unreadable one."""
 
     def __init__(
         self, paths: Sequence[str], rows: Sequence[int], *, transform: Transform, batch_size: int, num_workers: int
     ) -> None:
         self._loader = WatchedLoader(
-            _Pictures(np.array([paths[row] for row in rows], dtype=np.str_), list(rows), transform),
+            _ImageFiles(np.array([paths[row] for row in rows], dtype=np.str_), list(rows), transform),
             num_workers=num_workers,
             batch_size=batch_size,
             collate_fn=_stack,
@@ -66,9 +65,9 @@ class EvaluationImages:
 
 
 class EvaluationTexts:
-    """Batches (rows [B] int64, token ids [B, W], mask [B, W]) of the captions `rows`, short ones first.
+    """Batches (rows [B] int64, token ids [B, W], mask [B, W]) of the captions `rows`, shortest first.
 
-    Captions of one length meet in one batch, so that hardly any padding is encoded.
+    Sorting by length keeps the padding small.
     """
 
     def __init__(self, tokens: TokenTable, rows: Sequence[int], *, batch_size: int) -> None:
@@ -86,7 +85,7 @@ class EvaluationTexts:
             yield torch.from_numpy(rows), token_ids, mask
 
 
-class _Pictures(Dataset):
+class _ImageFiles(Dataset):
     def __init__(self, paths: np.ndarray, rows: list[int], transform: Transform) -> None:
         self._paths, self._rows, self._transform = paths, rows, transform
 

@@ -1,4 +1,4 @@
-"""What a data root holds and lacks, split by split, before any training (`scripts/check_data.py`)."""
+"""Check a data set split by split before training (`scripts/check_data.py`)."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from datamodules.captions_file import NAMES as CAPTIONS_FILES
 from datamodules.captions_file import read_captions_file
-from datamodules.folders import missing_files
+from datamodules.files import missing_files
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, Layout, read_karpathy
 from datamodules.readers import read_records
 from datamodules.records import SPLITS, CaptionedImage
@@ -19,7 +19,7 @@ from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
 from hacan.errors import UserError
 from hacan.images.io import read_image
 
-SCENES = Layout(folders=("scenes",), image_folders=("",), json_name=SCENES_JSON)  # as they lie, never drawn here
+SCENES = Layout(folders=("scenes",), image_folders=("",), json_name=SCENES_JSON)  # read from disk, never drawn
 LOOKED_FOR = {
     "f30k": FLICKR30K.folders,
     "f8k": FLICKR8K.folders,
@@ -36,7 +36,7 @@ OFFICIAL = {  # images of each split, METHOD section 7 (COCO's train: with restv
 
 @dataclass
 class SplitFindings:
-    """One split: what is listed, and what of it is not as it should be."""
+    """Counts and problems of one split."""
 
     images: int = 0
     captions: int = 0
@@ -48,7 +48,7 @@ class SplitFindings:
 
 @dataclass
 class Findings:
-    """One data set. `problem`: why it could not be read at all."""
+    """Counts and problems of one data set. `problem`: why it could not be read, or None."""
 
     name: str
     splits: dict[str, SplitFindings] = field(default_factory=dict)
@@ -58,21 +58,21 @@ class Findings:
 
     @property
     def complete(self) -> bool:
-        """Whether everything needed is there: each split has images and captions, and every image is there."""
+        """Whether each split has images and captions, and all image files exist and are readable."""
         return self.problem is None and all(
             split.captions and not split.missing and not split.unreadable for split in self.splits.values()
         )
 
 
 def present_data_sets(data_root: Path) -> list[str]:
-    """The data sets of which something lies under `data_root`."""
+    """Return the names of the data sets found in `data_root`."""
     return [name for name, places in LOOKED_FOR.items() if any((data_root / place).exists() for place in places)]
 
 
 def inspect_data_set(
     name: str, data_root: Path, *, use_restval: bool = True, decode: bool = False, progress: bool = True
 ) -> Findings:
-    """Read a data set's files and list its images; `decode`: decode every one of them, too."""
+    """Read the files of a data set and check that its images exist; `decode`: also decode each image."""
     findings = Findings(name, decoded=decode)
     try:
         records = _listed_records(name, data_root, use_restval=use_restval)
@@ -114,9 +114,9 @@ def _undecodable(records: Sequence[CaptionedImage], *, progress: bool) -> Iterat
         return None
 
     threads = cv2.getNumberOfCPUs()
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(records), unit="picture", disable=not progress) as bar:
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(records), unit="image", disable=not progress) as bar:
         bar.set_description("decoding")
-        for start in range(0, len(records), 1024):  # map() submits all at once: keep what is waiting short
+        for start in range(0, len(records), 1024):  # map() submits everything at once; this bounds the queue
             part = records[start : start + 1024]
             for record, found in zip(part, pool.map(reason, part), strict=True):
                 bar.update()
@@ -125,24 +125,24 @@ def _undecodable(records: Sequence[CaptionedImage], *, progress: bool) -> Iterat
 
 
 def describe(findings: Findings, *, most: int = 10) -> str:
-    """A table for a person, with at most `most` names of each kind of trouble."""
+    """Return a table, with at most `most` entries of each kind of problem."""
     if findings.problem is not None:
         return f"{findings.name}: {findings.problem}"
     lines = [
         f"{findings.name}: {'complete' if findings.complete else 'INCOMPLETE'}"
-        f"{', every picture was decoded' if findings.decoded else ''}",
+        f"{', every image was decoded' if findings.decoded else ''}",
         f"  {'split':<6}{'images':>9}{'captions':>10}{'missing':>9}{'bad':>6}  notes",
     ]
-    troubles = []
+    problems = []
     for name, split in findings.splits.items():
         bad = str(len(split.unreadable)) if findings.decoded else "-"
         row = f"  {name:<6}{split.images:>9}{split.captions:>10}{len(split.missing):>9}{bad:>6}"
         lines.append(f"{row}  {'; '.join(_notes(findings.name, name, split))}".rstrip())
-        troubles += _some([f"missing: {path}" for path in split.missing], most)
-        troubles += _some([f"bad: {reason}" for reason in split.unreadable], most)
+        problems += _some([f"missing: {path}" for path in split.missing], most)
+        problems += _some([f"bad: {reason}" for reason in split.unreadable], most)
     if findings.listed_twice:
         lines.append(f"  {findings.listed_twice} image(s) are listed more than once")
-    return "\n".join(lines + [f"  {trouble}" for trouble in troubles])
+    return "\n".join(lines + [f"  {problem}" for problem in problems])
 
 
 def _notes(data_set: str, name: str, split: SplitFindings) -> list[str]:
@@ -151,7 +151,7 @@ def _notes(data_set: str, name: str, split: SplitFindings) -> list[str]:
     if not split.images:
         notes.append("EMPTY: no images")
     elif not split.captions:
-        notes.append("EMPTY: not one caption")
+        notes.append("EMPTY: no captions")
     if official is not None and split.images != official:
         notes.append(f"the published split has {official} images")
     if split.without_captions:

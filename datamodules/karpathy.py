@@ -4,20 +4,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.folders import check_image_files, check_root, first_file, first_folder, safe_path
-from datamodules.json_files import caption_of, expect, member, read_json
+from datamodules.files import (
+    caption_of,
+    check_image_files,
+    check_root,
+    expect,
+    first_file,
+    first_folder,
+    member,
+    read_json,
+    safe_path,
+)
 from datamodules.records import CaptionedImage
 from hacan.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a data set lies under data_root; the first that is there counts."""
+    """Folders and files of a data set below data_root; of several names the first that exists is used."""
 
     folders: tuple[str, ...]
     image_folders: tuple[str, ...]  # under the folder; "" is the folder itself
     json_name: str
-    holding: tuple[str, ...] = ()  # the folder of images is the one that holds one of these
+    holding: tuple[str, ...] = ()  # subfolders by which the image folder is recognised
 
 
 FLICKR30K = Layout(
@@ -37,7 +46,7 @@ COCO = Layout(
 def read_karpathy(
     data_root: Path, layout: Layout, *, use_restval: bool, check_files: bool = True
 ) -> list[CaptionedImage]:
-    """The records of one data set; `use_restval`: restval images are train images, otherwise they are left out."""
+    """Return the records of a data set; `use_restval`: add the restval images to train, otherwise omit them."""
     check_root(data_root)
     if (data_root / layout.json_name).is_file():
         raise UserError(
@@ -54,7 +63,7 @@ def read_karpathy(
 
 
 def image_folder(folder: Path, layout: Layout) -> Path:
-    """The folder that file names in the JSON are relative to."""
+    """Return the folder that file names in the JSON are relative to."""
     candidates = [folder / name for name in layout.image_folders]
     if not layout.holding:
         return first_folder(candidates, what="the folder of images")
@@ -63,7 +72,7 @@ def image_folder(folder: Path, layout: Layout) -> Path:
 
 
 def parse_karpathy(content: Any, pictures: Path, *, where: str, use_restval: bool) -> list[CaptionedImage]:
-    """Records of a Karpathy file's content; what is not as it should be is a `UserError` with the place."""
+    """Return the records of a Karpathy file's content; raise `UserError` with the place of an invalid entry."""
     records: list[CaptionedImage] = []
     seen: dict[int, str] = {}
     for number, image in enumerate(member(content, "images", list, where=where)):

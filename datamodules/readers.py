@@ -1,11 +1,10 @@
-"""The name of a data set to its reader."""
+"""Select the reader of a data set by name."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.captions_file import read_captions_file
 from datamodules.coco_ids import read_coco_ids
-from datamodules.framing import PHOTOS, SCENES, Framing
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, read_karpathy
 from datamodules.records import SPLITS, CaptionedImage
 from datamodules.scene_drawing import read_scenes
@@ -22,10 +21,10 @@ def read_records(
     scenes_pictures: Sequence[int] = (1000, 100, 200),
     check_files: bool = True,
 ) -> list[CaptionedImage]:
-    """All records of the data set `datasets` under `data_root` (METHOD section 7).
+    """Return all records of the data set `datasets` in `data_root` (METHOD section 7).
 
-    `check_files`: every image must be there (not that it can be decoded). `scenes_pictures`: how many images the
-    embedded demo draws for train, val and test. Images without a caption stay: they are distractors in a ranking.
+    `check_files`: raise `UserError` for missing image files (they are not decoded). `scenes_pictures`: number of images
+    of the embedded demo for train, val and test. Images without captions are kept, as distractors in a ranking.
     """
     root = Path(data_root).expanduser()
     if datasets == "f30k":
@@ -41,13 +40,8 @@ def read_records(
     raise UserError(f"datasets={datasets!r}: expected one of {', '.join(NAMES)}")
 
 
-def framing_of(datasets: str) -> Framing:
-    """How the images of a data set are cut to squares."""
-    return SCENES if datasets == "scenes" else PHOTOS
-
-
 def _read_coco(root: Path, *, use_restval: bool, check_files: bool) -> list[CaptionedImage]:
-    """Karpathy's file where it is there, otherwise COCO's annotations with lists of ids."""
+    """Read Karpathy's file if it exists, otherwise COCO's annotations with lists of ids."""
     folder = root / "coco"
     has_ids = any((place / "annotations").is_dir() for place in (folder, root))
     if has_ids and not (folder / COCO.json_name).is_file():

@@ -1,4 +1,4 @@
-"""What a data set is here: a list of images with their captions. Standard library only, nothing of torch."""
+"""A data set is a list of images with their captions. Standard library only."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """One image on disk with its captions (any number of them, METHOD section 6) and the split it belongs to."""
+    """An image file with its captions (any number, METHOD section 6) and its split."""
 
     path: Path
     captions: tuple[str, ...]
@@ -21,7 +21,7 @@ class CaptionedImage:
 
 
 def of_split(records: Iterable[CaptionedImage], split: str) -> list[CaptionedImage]:
-    """The records of one split, in their order; a split without any is a `UserError` that says which ones there are."""
+    """Return the records of one split in order; raise `UserError` with the splits that exist if it has none."""
     records = list(records)
     chosen = [record for record in records if record.split == split]
     if not chosen:

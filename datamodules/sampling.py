@@ -1,4 +1,4 @@
-"""The order of training: a pure function of seed, epoch and position, so that a run can go on anywhere in an epoch."""
+"""The order of training pairs: a pure function of seed, epoch and position, so that a run resumes exactly."""
 
 from collections.abc import Iterator
 
@@ -7,14 +7,14 @@ import torch
 
 
 def derived_seed(*numbers: int) -> int:
-    """One 64-bit seed from several numbers; neighbours give unrelated seeds."""
+    """Return a 64-bit seed from several numbers; similar numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class TrainingOrder:
     """Batches of (epoch, pair) of one process, starting at any batch of any epoch.
 
-    An epoch is a shuffle of all pairs, cut into optimiser steps of `batch_size` pairs; the last, uneven one is left out
+    An epoch is a shuffle of all pairs, cut into optimiser steps of `batch_size` pairs; the last, smaller one is dropped
     unless it is the only one. A step is cut into chunks of `per_gpu_batchsize` pairs per process, and of each chunk
     process r takes the r-th slice: the pairs of a step do not depend on the number of processes.
     """
@@ -43,35 +43,35 @@ class TrainingOrder:
         self._rank, self._world_size = rank, world_size
         steps = n_pairs // batch_size
         used = steps * batch_size if steps else n_pairs
-        self._bounds = list(range(0, used, chunk))  # where each chunk starts
-        if used - self._bounds[-1] < world_size:  # the only step, with a tail too short for all: leave the tail out
+        self._bounds = list(range(0, used, chunk))  # start of each chunk
+        if used - self._bounds[-1] < world_size:  # a last chunk with fewer pairs than processes is dropped
             used = self._bounds.pop()
         self._used = used
         self.epoch = 0
-        self.next_batch = 0  # where the next iteration starts
+        self.next_batch = 0  # start of the next iteration
 
     @property
     def n_left_out(self) -> int:
-        """Pairs of each epoch that are in no batch."""
+        """Number of pairs of each epoch that are in no batch."""
         return self._n_pairs - self._used
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever the next iteration starts."""
+        """Return the number of batches of a whole epoch."""
         return len(self._bounds)
 
     def set_position(self, epoch: int, batch: int) -> None:
-        """Start the next iteration at batch `batch` of epoch `epoch`; past the last batch is the epoch after."""
+        """Start the next iteration at `batch` of `epoch`; after the last batch, at the beginning of the next epoch."""
         if epoch < 0 or not 0 <= batch <= len(self):
             raise ValueError(f"epoch={epoch}, batch={batch}: expected epoch from 0, batch from 0 to {len(self)}")
         self.epoch, self.next_batch = (epoch + 1, 0) if batch == len(self) else (epoch, batch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this as an epoch starts: its beginning, unless this very epoch is to be gone on with."""
+        """Start at the beginning of `epoch`, unless the position is already within it; Lightning calls this."""
         if epoch != self.epoch:
             self.set_position(epoch, 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """The batches from the position on, as keys (epoch, pair)."""
+        """Yield the batches from the current position on, as keys (epoch, pair)."""
         epoch, first = self.epoch, self.next_batch
         generator = torch.Generator().manual_seed(derived_seed(self._seed, epoch))
         order = torch.randperm(self._n_pairs, generator=generator)[: self._used].numpy()

@@ -1,4 +1,4 @@
-"""Draws the demo's scenes with OpenCV and keeps them on disk as a Karpathy file beside PNG images."""
+"""Draw the demo's scenes with OpenCV and store them as a Karpathy file with PNG images."""
 
 import hashlib
 import json
@@ -12,17 +12,16 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.folders import missing_files
-from datamodules.json_files import read_json
+from datamodules.files import missing_files, read_json
 from datamodules.karpathy import parse_karpathy
 from datamodules.records import CaptionedImage
 from datamodules.scenes import Scene, SceneIndex, caption_scene, sample_scenes
 from hacan.errors import UserError
 
-FORMAT = 1  # raise it when the same parameters give other images or captions: what is on disk is then made anew
+FORMAT = 1  # increase it when the same parameters give other images or captions
 JSON_NAME = "dataset_scenes.json"
 DEFAULT_COUNTS = {"train": 1000, "val": 100, "test": 200}
-SCENE_SIZE = 112  # pixels; things keep off the border by an eighth, so that mild crops cut nothing away
+SCENE_SIZE = 112  # pixels; a margin of an eighth keeps things inside mild crops
 INK = {  # blue, green, red, as OpenCV orders them
     "red": (40, 40, 215),
     "green": (60, 160, 50),
@@ -36,12 +35,12 @@ INK = {  # blue, green, red, as OpenCV orders them
 }
 RADIUS = {"small": 0.066, "large": 0.105}  # of the image's side
 _PNG = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE)  # flat colours: smaller, and decoded twice as fast
-_FINE = 4  # drawn so many times larger, then averaged down: smooth edges
+_FINE = 4  # factor of supersampling, for smooth edges
 _FRACTION_BITS = 4
 
 
 def draw_scene(scene: Scene, *, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A image of `scene`, [size, size, 3] uint8 in OpenCV's channel order; `rng` moves things and tints a little."""
+    """Return an image of `scene`, [size, size, 3] uint8 BGR; `rng` varies positions and colours slightly."""
     canvas = np.empty((size * _FINE, size * _FINE, 3), np.uint8)
     canvas[:] = _tint(scene.background, rng)
     places = (0.29, 0.71) if len(scene.things) == 2 else (0.245, 0.5, 0.755)
@@ -88,32 +87,32 @@ def write_scenes(
     scene_size: int = SCENE_SIZE,
     progress: bool = True,
 ) -> Path:
-    """Make the demo's images and `dataset_scenes.json` in `folder`; returns the JSON's path.
+    """Write the demo's images and `dataset_scenes.json` to `folder` and return the path of the JSON file.
 
-    The JSON is written last and under another name first: where it stands, all images of it stand too.
+    The JSON file is written last and atomically: if it exists, all its images exist.
     """
     folder = Path(folder)
     parameters = _parameters(counts, seed, scene_size)
-    pictures = _picture_folder(folder, parameters)
+    image_folder = _image_folder(folder, parameters)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
         try:
             images = _make(staging, dict(counts), seed=seed, scene_size=scene_size, progress=progress)
             os.chmod(staging, 0o755)
-            _put_in_place(staging, pictures)
+            _put_in_place(staging, image_folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         for image in images:
-            image["filepath"] = pictures.name
+            image["filepath"] = image_folder.name
         content = {"dataset": "scenes", "parameters": parameters, "images": images}
         target = folder / JSON_NAME
         draft = folder / f".dataset_scenes.{os.getpid()}.json"
         draft.write_text(json.dumps(content), encoding="utf-8")
         os.replace(draft, target)
         for stale in folder.glob("images-*"):
-            if stale != pictures:
+            if stale != image_folder:
                 shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:
         raise UserError(
@@ -122,17 +121,17 @@ def write_scenes(
     return target
 
 
-def _put_in_place(staging: Path, pictures: Path) -> None:
-    """`staging` becomes `images`, unless another process has put the same images there by now and reads them."""
+def _put_in_place(staging: Path, image_folder: Path) -> None:
+    """Rename `staging` to `image_folder`, unless another process has written the same images meanwhile."""
     names = set(os.listdir(staging))
 
     def there() -> bool:
-        return pictures.is_dir() and names <= set(os.listdir(pictures))
+        return image_folder.is_dir() and names <= set(os.listdir(image_folder))
 
     if not there():
-        shutil.rmtree(pictures, ignore_errors=True)
+        shutil.rmtree(image_folder, ignore_errors=True)
         try:
-            os.replace(staging, pictures)
+            os.replace(staging, image_folder)
         except OSError:
             if not there():
                 raise
@@ -140,17 +139,17 @@ def _put_in_place(staging: Path, pictures: Path) -> None:
 
 
 def _make(folder: Path, counts: dict[str, int], *, seed: int, scene_size: int, progress: bool) -> list[dict]:
-    """Write all images to `folder`; returns the entries of a Karpathy file."""
+    """Write all images to `folder` and return the entries of a Karpathy file."""
     images: list[dict] = []
-    with tqdm(total=sum(counts.values()), desc="drawing scenes", unit="picture", disable=not progress) as bar:
+    with tqdm(total=sum(counts.values()), desc="drawing scenes", unit="image", disable=not progress) as bar:
         for split, scenes in sample_scenes(counts, seed=seed).items():
             index = SceneIndex(scenes)
             for scene in scenes:
                 number = len(images)
                 rng = np.random.default_rng([seed, 1, number])
-                picture = draw_scene(scene, size=scene_size, rng=rng)
+                image_pixels = draw_scene(scene, size=scene_size, rng=rng)
                 name = f"scene_{number:05d}.png"
-                if not cv2.imwrite(str(folder / name), picture, _PNG):
+                if not cv2.imwrite(str(folder / name), image_pixels, _PNG):
                     raise OSError(f"OpenCV could not write {folder / name}")
                 captions, _ = caption_scene(scene, index, rng)
                 sentences = [{"raw": caption, "imgid": number} for caption in captions]
@@ -167,19 +166,19 @@ def read_scenes(
     scene_size: int = SCENE_SIZE,
     progress: bool = True,
 ) -> list[CaptionedImage]:
-    """The demo's records; images and captions are made when they are not there, or were made otherwise."""
+    """Return the demo's records; write images and captions if they are missing or have other parameters."""
     folder = Path(folder)
     found = _found(folder, _parameters(counts, seed, scene_size))
     if found is None:
         write_scenes(folder, counts=counts, seed=seed, scene_size=scene_size, progress=progress)
         found = _found(folder, _parameters(counts, seed, scene_size))
     if found is None:
-        raise UserError(f"{folder / JSON_NAME} vanished while it was read: is another run deleting it?")
+        raise UserError(f"{folder / JSON_NAME} was deleted while it was read, perhaps by another run")
     return found
 
 
 def _found(folder: Path, parameters: dict) -> list[CaptionedImage] | None:
-    """The records on disk; None where there are none, or they are damaged or made with other parameters."""
+    """Return the records on disk, or None if they are missing, damaged or have other parameters."""
     path = folder / JSON_NAME
     try:
         content = read_json(path)
@@ -198,6 +197,6 @@ def _parameters(counts: Mapping[str, int], seed: int, scene_size: int) -> dict:
     return {"format": FORMAT, "counts": dict(counts), "seed": seed, "scene_size": scene_size}
 
 
-def _picture_folder(folder: Path, parameters: dict) -> Path:
+def _image_folder(folder: Path, parameters: dict) -> Path:
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
     return folder / f"images-{digest}"

@@ -1,7 +1,7 @@
 """The embedded demo: generated images of coloured shapes in a row or in a column, with five captions each.
 
-What a scene is and what a caption claims are data, so that "this caption describes that image" can be decided. A
-caption says as much as it must to describe one image of its split only. Drawing is in `scene_drawing.py`.
+Scenes and the claims of captions are data, so that the program can decide whether a caption describes an image. A
+caption is detailed enough to describe only one image of its split. Drawing is in `scene_drawing.py`.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from hacan.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
-SIZES = {"small": ("small", "little"), "large": ("large", "big")}  # what it is -> the words for it
+SIZES = {"small": ("small", "little"), "large": ("large", "big")}  # size -> words for it
 BACKGROUNDS = ("white", "gray", "black")
 LAYOUTS = ("row", "column")  # first to last: left to right, top to bottom
 
@@ -61,7 +61,7 @@ class Thing:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What always tells it from the other things of its scene."""
+        """Colour and shape, which are unique within a scene."""
         return self.colour, self.shape
 
 
@@ -76,7 +76,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption says. `sizes[i]` is None where the size is left out; `layout` None: the middle one is between."""
+    """Meaning of a caption. `sizes[i]` None: size not mentioned; `layout` None: "between", in a row or column."""
 
     kinds: tuple[tuple[str, str], ...]
     sizes: tuple[str | None, ...]
@@ -84,7 +84,7 @@ class Claim:
     background: str | None
 
     def describes(self, scene: Scene) -> bool:
-        """Whether all that is said is true of `scene`, which may hold more things than are mentioned."""
+        """Return whether the claim is true of `scene`, which may have more things than are mentioned."""
         place = {thing.kind: i for i, thing in enumerate(scene.things)}
         if any(kind not in place for kind in self.kinds):
             return False
@@ -101,13 +101,13 @@ class Claim:
 
 
 def full_claim(scene: Scene) -> Claim:
-    """Everything that can be said of a scene."""
+    """Return the most detailed claim of a scene."""
     kinds, sizes = tuple(thing.kind for thing in scene.things), tuple(thing.size for thing in scene.things)
     return Claim(kinds, sizes, scene.layout, scene.background)
 
 
 class SceneIndex:
-    """Scenes by the pairs of kinds that they hold: finds those that a claim might describe without reading them all."""
+    """Index of scenes by pairs of kinds, to find the scenes that a claim describes without a full scan."""
 
     def __init__(self, scenes: Sequence[Scene] = ()) -> None:
         self._by_pair: dict[frozenset, list[Scene]] = defaultdict(list)
@@ -120,11 +120,11 @@ class SceneIndex:
             self._by_pair[pair].append(scene)
 
     def described_by(self, claim: Claim) -> list[Scene]:
-        """The scenes that `claim` (of two kinds or more) describes."""
+        """Return the scenes that `claim` (of at least two kinds) describes."""
         return [scene for scene in self._by_pair.get(frozenset(claim.kinds[:2]), ()) if claim.describes(scene)]
 
     def describing(self, scene: Scene) -> bool:
-        """Whether the full description of a scene in here is true of `scene`, or the other way round."""
+        """Return whether the full claim of an indexed scene is true of `scene`, or vice versa."""
         met = {other for pair in _kind_pairs(scene) for other in self._by_pair.get(pair, ())}
         claim = full_claim(scene)
         return any(full_claim(other).describes(scene) or claim.describes(other) for other in met)
@@ -135,7 +135,7 @@ def _kind_pairs(scene: Scene) -> Iterator[frozenset]:
 
 
 def sample_scenes(counts: dict[str, int], *, seed: int) -> dict[str, list[Scene]]:
-    """Scenes for each split, no two alike anywhere: no full description of one is true of another, in any split."""
+    """Return the scenes of each split; no full claim of one scene is true of another, in any split."""
     rng = np.random.default_rng([seed, 0])
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     seen = SceneIndex()
@@ -165,13 +165,13 @@ def sample_scenes(counts: dict[str, int], *, seed: int) -> dict[str, list[Scene]
 
 
 def caption_scene(scene: Scene, others: SceneIndex, rng: np.random.Generator) -> tuple[list[str], list[Claim]]:
-    """Five different captions of `scene` and their claims; each describes no scene of `others` but this one."""
+    """Return five captions of `scene` and their claims; each describes no other scene of `others`."""
     captions: list[str] = []
     claims: list[Claim] = []
     attempts = 0
     while len(captions) < CAPTIONS_PER_SCENE:
         attempts += 1
-        everything = attempts > 20  # short captions stay ambiguous here: say all there is to say, in other words
+        everything = attempts > 20  # short captions are ambiguous: mention everything
         between = len(scene.things) == 3 and not everything and rng.random() < 0.25
         templates = BETWEEN if between else TEMPLATES[scene.layout, len(scene.things)]
         told = [everything or rng.random() < 0.5 for _ in scene.things]
@@ -200,7 +200,7 @@ def _in_words(claim: Claim, template: str, rng: np.random.Generator) -> str:
 
 
 def scenes_vocabulary() -> list[str]:
-    """The demo's WordPiece vocabulary: special tokens, the words of the grammar, letters and digits for all others."""
+    """Return the WordPiece vocabulary of the demo: special tokens, words of the grammar, letters and digits."""
     texts = [text for group in TEMPLATES.values() for text in group] + list(BETWEEN) + list(ON_BACKGROUND)
     fields = {"{a}", "{b}", "{c}", "{caption}", "{background}"}
     words = {word for text in texts for word in text.replace(",", " ").split() if word not in fields}

@@ -1,4 +1,4 @@
-"""Captions to WordPiece tokens, once and for all: what each training step pads is a slice of one array."""
+"""Tokenise all captions once; a training step pads slices of one array."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 from datamodules.scenes import scenes_vocabulary
 from hacan.errors import UserError
 
-_AT_ONCE = 10_000  # captions per call of the tokenizer: bounds its memory, which is a multiple of the tokens'
+_AT_ONCE = 10_000  # captions per tokenizer call; bounds its memory
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name, a folder, a vocab.txt, or of the embedded demo (`scenes`); WordPiece, lower case."""
+    """Return the tokenizer of a hub name, a folder, a vocab.txt, or of the embedded demo (`scenes`)."""
     if name == "scenes":
         return BertTokenizerFast(vocab={word: i for i, word in enumerate(scenes_vocabulary())}, do_lower_case=True)
     path = Path(name).expanduser()
@@ -31,7 +31,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer={name!r}: there is no such file or folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers raises for absent and broken files
+    except (OSError, ValueError, KeyError, TypeError) as error:  # raised by transformers for missing and damaged files
         where = "that folder" if path.is_dir() else "the Hugging Face hub and its cache on this machine"
         raise UserError(
             f"tokenizer={name!r} was looked for in {where} and could not be loaded ({_first_line(error)}); "
@@ -55,13 +55,13 @@ def _from_vocabulary(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"the vocabulary {path} cannot be read: {error}") from error
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing:
-        raise UserError(f"{path} is no WordPiece vocabulary (one token a line): it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is not a WordPiece vocabulary (one token per line): it lacks {', '.join(missing)}")
     return BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}, do_lower_case=True)
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokens of M captions, one after the other: caption j owns `ids[offsets[j]:offsets[j + 1]]`."""
+    """The tokens of M captions, concatenated: caption j is `ids[offsets[j]:offsets[j + 1]]`."""
 
     ids: np.ndarray  # [L] int32
     offsets: np.ndarray  # [M + 1] int64
@@ -71,24 +71,24 @@ class TokenTable:
         return len(self.offsets) - 1
 
     def __getitem__(self, caption: int) -> np.ndarray:
-        """The tokens of one caption, [W_j] int32, [CLS] and [SEP] included."""
+        """Return the tokens of a caption, [W_j] int32, including [CLS] and [SEP]."""
         return self.ids[self.offsets[caption] : self.offsets[caption + 1]]
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each caption, [M] int64."""
+        """Number of tokens of each caption, [M] int64."""
         return np.diff(self.offsets)
 
 
 def tokenise(
     captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_text_len: int, progress: bool = False
 ) -> TokenTable:
-    """All captions as tokens; those longer than `max_text_len` are cut before [SEP], an empty one is [CLS] [SEP]."""
+    """Return the tokens of all captions; longer ones are truncated before [SEP], an empty one is [CLS] [SEP]."""
     parts: list[np.ndarray] = [np.zeros(0, np.int32)]
     lengths = np.zeros(len(captions) + 1, np.int64)
     starts = range(0, len(captions), _AT_ONCE)
     for start in tqdm(starts, desc="tokenising", unit_scale=_AT_ONCE, disable=not progress or len(starts) < 5):
-        # a lone half of an emoji, which JSON can hold, is no text to the tokenizer
+        # the tokenizer rejects lone surrogates, which JSON can contain
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in captions[start : start + _AT_ONCE]]
         encoded = tokenizer(
             texts,

@@ -1,4 +1,4 @@
-"""The training side: (epoch, pair) to pixels and tokens, and the loader that Lightning iterates."""
+"""Training data: pixels and tokens of (epoch, pair), and the loader that Lightning iterates."""
 
 import logging
 from collections.abc import Iterator
@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.collate import Pair, PairCollator, UnreadableImage
+from datamodules.loader import Pair, PairCollator, UnreadableImage, WatchedLoader
 from datamodules.sampling import TrainingOrder, derived_seed
 from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
-from datamodules.workers import WatchedLoader
 from hacan.errors import UserError
 from hacan.images.io import read_image
 from hacan.types import PairBatch
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingPairs(Dataset):
-    """One item for each image and caption of the split; the key (epoch, pair) seeds its augmentation."""
+    """One item per caption of the split; the key (epoch, pair) seeds its augmentation."""
 
     def __init__(
         self,
@@ -34,7 +33,7 @@ class TrainingPairs(Dataset):
         transform: Transform,
         seed: int,
     ) -> None:
-        # arrays, not lists: worker processes share their pages as long as no reference count is touched
+        # arrays instead of lists: worker processes share their memory pages
         self._paths, self._image_ids, self._image_of_text = paths, image_ids, image_of_text
         self._tokens, self._transform, self._seed = tokens, transform, seed
 
@@ -42,7 +41,7 @@ class TrainingPairs(Dataset):
         return len(self._image_of_text)
 
     def __getitem__(self, key: tuple[int, int]) -> Pair | UnreadableImage:
-        """The pair as augmented in that epoch; the same in every process and after every resume."""
+        """Return the pair as augmented in that epoch; equal in every process and after every resumption."""
         epoch, caption = key
         image = int(self._image_of_text[caption])
         path = str(self._paths[image])
@@ -57,7 +56,7 @@ class TrainingPairs(Dataset):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's global CPU generator seeded inside, as it was outside; a GPU's is left alone."""
+    """Seed torch's global CPU generator within the context and restore it afterwards."""
     generator = torch.default_generator
     before = generator.get_state()
     generator.manual_seed(seed)
@@ -68,11 +67,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class TrainingLoader:
-    """Batches of one process, from `order`'s position on.
+    """Batches of one process, from the position of `order` on.
 
-    Not a torch DataLoader but around one: it counts what was handed out (not what workers have prefetched), keeps count
-    of the unreadable images, and says in one line when a worker has died. `len()` is the whole epoch's. A batch of
-    which nothing could be read is handed out without a pair: several processes must take the same number of batches.
+    Wraps a torch DataLoader: it counts the batches that were yielded (not those that workers have prefetched) and the
+    unreadable images. `len()` is that of the whole epoch. A batch without readable images is yielded with B = 0, so
+    that all processes take the same number of batches.
     """
 
     def __init__(
@@ -85,9 +84,9 @@ class TrainingLoader:
         num_workers: int,
         on_bad_image: str,
     ) -> None:
-        self.sampler = order  # the name by which Lightning finds set_epoch
+        self.sampler = order  # Lightning calls sampler.set_epoch
         self._on_bad_image = on_bad_image
-        self.skipped: dict[str, str] = {}  # path -> reason, of the epoch that runs
+        self.skipped: dict[str, str] = {}  # path -> reason, of the current epoch
         self._loader = WatchedLoader(
             pairs,
             num_workers=num_workers,
@@ -100,7 +99,7 @@ class TrainingLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[PairBatch]:
-        """The rest of the epoch. Nothing is fetched, and no position read, before the first `next`."""
+        """Yield the rest of the epoch; the position is read at the first `next`."""
         self.skipped = {}
         position = self.sampler.next_batch
         epoch = self.sampler.epoch
@@ -113,26 +112,26 @@ class TrainingLoader:
             yield batch
 
     def stop(self) -> None:
-        """End the worker processes; the next iteration starts new ones."""
+        """Stop the worker processes; the next iteration starts new ones."""
         self._loader.stop()
 
     def _note_bad(self, bad: list[UnreadableImage]) -> None:
         if bad and self._on_bad_image == "error":
             self.stop()
-            raise UserError(f"{bad[0].reason}; on_bad_image=skip trains without such images")
+            raise UserError(f"{bad[0].reason}; on_bad_image=skip trains without unreadable images")
         if bad and not self.skipped:
-            log.warning("left out: %s; counted at the end of the epoch", bad[0].reason)
-        self.skipped.update({picture.path: picture.reason for picture in bad})
+            log.warning("skipped: %s; the number is reported at the end of the epoch", bad[0].reason)
+        self.skipped.update({image.path: image.reason for image in bad})
 
     def _report_skipped(self, epoch: int) -> None:
         if self.skipped:
             first = next(iter(self.skipped.values()))
-            log.warning("epoch %d: %d unreadable image(s) left out, the first: %s", epoch, len(self.skipped), first)
+            log.warning("epoch %d: %d unreadable image(s) skipped, the first: %s", epoch, len(self.skipped), first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch lies: what was handed out counts as done."""
+        """Return the position of the next batch; yielded batches count as done."""
         return {"epoch": self.sampler.epoch, "batch": self.sampler.next_batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Restore a position."""
         self.sampler.set_position(state["epoch"], state["batch"])

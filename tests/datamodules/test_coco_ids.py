@@ -88,10 +88,10 @@ def test_each_missing_thing_is_named(root):
 @pytest.mark.parametrize(
     ("ids", "part"),
     [
-        (np.array([[200]]), "expected whole numbers in one row"),
+        (np.array([[200]]), "one-dimensional array of integers"),
         (np.array([200.0]), "float64"),
-        (np.array([], np.int64), "one at least"),
-        (np.array(7), "one row"),
+        (np.array([], np.int64), "non-empty"),
+        (np.array(7), "one-dimensional"),
         (np.array([999]), "annotation 999"),
         (np.array([100]), "image 10 is in train as well"),
         (np.array([{"a": 1}], dtype=object), "not an array of ids"),

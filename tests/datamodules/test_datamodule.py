@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.datamodule import PairDataModule
-from datamodules.framing import PHOTOS
 from datamodules.records import CaptionedImage
 from datamodules.sampling import TrainingOrder, derived_seed
 from datamodules.tokens import load_tokenizer
 from datamodules.training_data import seeded
-from datamodules.transforms import evaluation_transform
+from datamodules.transforms import PHOTOS, evaluation_transform
 from hacan.errors import UserError
 from hacan.images.preprocessing import normalise
 from hacan.types import PairBatch
@@ -291,7 +290,7 @@ def test_skipped_pictures_are_left_out_counted_and_reported(spoilt, records, num
         assert torch.equal(batch.images, reference.images[keep])
     assert sum(len(batch.images) for batch in found) == 22 - 9
     assert sorted(os.path.basename(path) for path in data.skipped) == ["damaged.png", "gone.png"]
-    assert "2 unreadable image(s) left out" in caplog.text and "epoch 0" in caplog.text
+    assert "2 unreadable image(s) skipped" in caplog.text and "epoch 0" in caplog.text
     assert caplog.text.count("counted at the end of the epoch") == 1  # the first one is said at once
 
 
@@ -340,7 +339,7 @@ def test_splits_without_images_or_captions_are_named(records):
     val_only = [record for record in records if record.split == "val"]
     assert "'train'" in error_of(module(val_only).train_dataloader)
     mute = [CaptionedImage(records[0].path, (), 1, "train")]
-    assert "not one caption" in error_of(module(mute).train_dataloader)
+    assert "no captions" in error_of(module(mute).train_dataloader)
     one = [CaptionedImage(records[0].path, ("x",), 1, "train")]
     with pytest.raises(UserError, match="1 pair"):
         module(one).training_loader(rank=0, world_size=2)

@@ -6,9 +6,9 @@ import pytest
 from bad_json import error_of
 
 import datamodules.records
-from datamodules.framing import PHOTOS, SCENES
-from datamodules.readers import NAMES, framing_of, read_records
+from datamodules.readers import NAMES, read_records
 from datamodules.records import CaptionedImage, of_split
+from datamodules.transforms import PHOTOS, SCENES, cropping_of
 from hacan.settings import DATASETS
 
 RECORDS = [CaptionedImage(Path(f"{i}.jpg"), ("x",) * i, i, split) for i, split in enumerate(["val", "train", "val"])]
@@ -42,7 +42,7 @@ def test_every_data_set_that_settings_accept_has_a_reader(tmp_path):
 
 
 def test_only_the_demo_is_framed_whole():
-    assert {name: framing_of(name) for name in NAMES} == {**dict.fromkeys(NAMES, PHOTOS), "scenes": SCENES}
+    assert {name: cropping_of(name) for name in NAMES} == {**dict.fromkeys(NAMES, PHOTOS), "scenes": SCENES}
 
 
 def test_records_know_nothing_of_torch_and_the_room_knows_little_of_hacan():

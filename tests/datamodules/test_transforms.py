@@ -5,8 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from datamodules.framing import PHOTOS, SCENES
-from datamodules.transforms import evaluation_transform, training_transform
+from datamodules.transforms import PHOTOS, SCENES, evaluation_transform, training_transform
 from hacan.images.preprocessing import MEAN, STD, normalise
 
 

@@ -5,20 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.framing import PHOTOS, SCENES
-from datamodules.readers import NAMES, framing_of
-from datamodules.transforms import evaluation_transform
+from datamodules.readers import NAMES
+from datamodules.transforms import PHOTOS, SCENES, cropping_of, evaluation_transform
 from hacan.images.io import read_image
 from hacan.images.preprocessing import MEAN, STD, normalise, preprocess_image, uses_centre_crop
 
 
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (9, 200), (600, 20), (1, 1)])
-@pytest.mark.parametrize("framing", [PHOTOS, SCENES], ids=["photos", "scenes"])
-def test_are_those_of_the_evaluation(shape, framing):
+@pytest.mark.parametrize("cropping", [PHOTOS, SCENES], ids=["photos", "scenes"])
+def test_are_those_of_the_evaluation(shape, cropping):
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    found = preprocess_image(picture, image_size=48, centre_crop=framing.centre_crop)
+    found = preprocess_image(picture, image_size=48, centre_crop=cropping.centre_crop)
     assert found.shape == (3, 48, 48) and found.dtype == torch.float32
-    assert torch.equal(found, normalise(evaluation_transform(48, framing)(picture)[None])[0])
+    assert torch.equal(found, normalise(evaluation_transform(48, cropping)(picture)[None])[0])
 
 
 def test_channels_come_as_red_green_blue_and_normalised(tmp_path):
@@ -45,4 +44,4 @@ def test_wrong_arrays_are_named(array):
 
 
 def test_training_and_inference_agree_which_pictures_are_cropped():
-    assert {name: uses_centre_crop(name) for name in NAMES} == {name: framing_of(name).centre_crop for name in NAMES}
+    assert {name: uses_centre_crop(name) for name in NAMES} == {name: cropping_of(name).centre_crop for name in NAMES}

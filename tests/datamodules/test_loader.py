@@ -7,7 +7,7 @@ from bad_json import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.collate import Pair, PairCollator, UnreadableImage, pad_tokens
+from datamodules.loader import Pair, PairCollator, UnreadableImage, pad_tokens
 from datamodules.scenes import scenes_vocabulary
 from datamodules.tokens import load_tokenizer, tokenise
 from hacan.images.preprocessing import normalise
