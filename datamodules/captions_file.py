@@ -46,8 +46,8 @@ def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[Cap
     rows = list(_csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path))
     if not rows:
         raise UserError(f"{path} has no captions")
-    pictures = data_root / "images" if (data_root / "images").is_dir() else data_root
-    records = group_rows(rows, pictures)
+    images_folder = data_root / "images" if (data_root / "images").is_dir() else data_root
+    records = group_rows(rows, images_folder)
     if all(row.split is None for row in rows):
         counts = {split: sum(record.split == split for record in records) for split in SPLITS}
         log.warning("%s has no splits: images are assigned by a hash of their names, %s", path, counts)
@@ -56,13 +56,13 @@ def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[Cap
     return records
 
 
-def group_rows(rows: list[Row], pictures: Path) -> list[CaptionedImage]:
+def group_rows(rows: list[Row], images_folder: Path) -> list[CaptionedImage]:
     """Return one record per image, in the order of first occurrence."""
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
     for row in rows:
         if row.image not in captions:
-            safe_path(pictures, row.image, where=f"{row.place}, 'image'")
+            safe_path(images_folder, row.image, where=f"{row.place}, 'image'")
             captions[row.image], splits[row.image] = [], row.split
         if row.split is not None and row.split not in SPLITS:
             raise UserError(f"{row.place}, 'split' is {row.split!r}: expected one of {', '.join(SPLITS)}")
@@ -74,7 +74,10 @@ def group_rows(rows: list[Row], pictures: Path) -> list[CaptionedImage]:
         captions[row.image].append(row.caption)
     return [
         CaptionedImage(
-            path=pictures / image, captions=tuple(texts), image_id=number, split=splits[image] or split_of_name(image)
+            path=images_folder / image,
+            captions=tuple(texts),
+            image_id=number,
+            split=splits[image] or split_of_name(image),
         )
         for number, (image, texts) in enumerate(captions.items())
     ]

@@ -29,11 +29,11 @@ def read_coco_ids(data_root: Path, *, use_restval: bool, check_files: bool = Tru
     check_root(data_root)
     folder = first_folder([data_root / name for name in COCO.folders], what="the data set's folder")
     annotations_folder = first_folder([folder / "annotations", data_root / "annotations"], what="COCO's annotations")
-    pictures = image_folder(folder, COCO)
+    images_folder = image_folder(folder, COCO)
     annotations: dict[int, Annotation] = {}
     for year in ("train2014", "val2014"):
         path = annotations_folder / f"captions_{year}.json"
-        annotations.update(parse_annotations(read_json(path), pictures / year, where=str(path)))
+        annotations.update(parse_annotations(read_json(path), images_folder / year, where=str(path)))
     records: list[CaptionedImage] = []
     owner: dict[int, str] = {}
     for split, name in ID_FILES.items():
@@ -81,13 +81,13 @@ def read_ids(path: Path) -> list[int]:
     return ids.tolist()
 
 
-def parse_annotations(content: Any, pictures: Path, *, where: str) -> dict[int, Annotation]:
+def parse_annotations(content: Any, images_folder: Path, *, where: str) -> dict[int, Annotation]:
     """Return the captions of a COCO captions file's content by annotation id."""
     paths: dict[int, Path] = {}
     for number, image in enumerate(member(content, "images", list, where=where)):
         place = f"{where}, images[{number}]"
         name = member(image, "file_name", str, where=place)
-        paths[_id(image, "id", place)] = safe_path(pictures, name, where=f"{place}, 'file_name'")
+        paths[_id(image, "id", place)] = safe_path(images_folder, name, where=f"{place}, 'file_name'")
     found: dict[int, Annotation] = {}
     for number, annotation in enumerate(member(content, "annotations", list, where=where)):
         place = f"{where}, annotations[{number}]"

@@ -55,8 +55,8 @@ def read_karpathy(
         )
     folder = first_folder([data_root / name for name in layout.folders], what="the data set's folder")
     json_path = first_file([folder / layout.json_name], what="the split file")
-    pictures = image_folder(folder, layout)
-    records = parse_karpathy(read_json(json_path), pictures, where=str(json_path), use_restval=use_restval)
+    images_folder = image_folder(folder, layout)
+    records = parse_karpathy(read_json(json_path), images_folder, where=str(json_path), use_restval=use_restval)
     if check_files:
         check_image_files((record.path for record in records), listed_in=json_path)
     return records
@@ -71,7 +71,7 @@ def image_folder(folder: Path, layout: Layout) -> Path:
     return first_folder(inner, what="the folder of images").parent
 
 
-def parse_karpathy(content: Any, pictures: Path, *, where: str, use_restval: bool) -> list[CaptionedImage]:
+def parse_karpathy(content: Any, images_folder: Path, *, where: str, use_restval: bool) -> list[CaptionedImage]:
     """Return the records of a Karpathy file's content; raise `UserError` with the place of an invalid entry."""
     records: list[CaptionedImage] = []
     seen: dict[int, str] = {}
@@ -88,7 +88,7 @@ def parse_karpathy(content: Any, pictures: Path, *, where: str, use_restval: boo
             raise UserError(f"{place}, 'imgid' {image_id} is that of {seen[image_id]!r} too: expected one per image")
         seen[image_id] = name
         inner = expect(image.get("filepath", ""), str, where=f"{place}, 'filepath'")
-        folder = safe_path(pictures, inner, where=f"{place}, 'filepath'") if inner else pictures
+        folder = safe_path(images_folder, inner, where=f"{place}, 'filepath'") if inner else images_folder
         captions = tuple(
             caption_of(sentence, "raw", where=f"{place}, sentences[{index}]")
             for index, sentence in enumerate(member(image, "sentences", list, where=place))

@@ -46,11 +46,11 @@ class TrainingPairs(Dataset):
         image = int(self._image_of_text[caption])
         path = str(self._paths[image])
         try:
-            picture = read_image(path)
+            image_array = read_image(path)
         except UserError as error:
             return UnreadableImage(path, str(error))
         with seeded(derived_seed(self._seed, epoch, caption)):
-            pixels = self._transform(picture)
+            pixels = self._transform(image_array)
         return Pair(pixels, self._tokens[caption], int(self._image_ids[image]), caption)
 
 

@@ -61,14 +61,14 @@ def odd_data(tmp_path):
     return tmp_path
 
 
-def test_odd_captions_and_bad_pictures_are_trained_on_or_left_out(odd_data, caplog):
+def test_unusual_captions_are_trained_on_and_bad_images_skipped(odd_data, caplog):
     updates = {"datasets": "captions", "batch_size": 4, "per_gpu_batchsize": 2, "max_text_len": 40}
     with pytest.raises(UserError, match=r"image .*[24] \U0001f600.png .*on_bad_image=skip") as error:
         train_here(settings_of(odd_data, **updates), odd_data)
     assert "\n" not in str(error.value)
     assert "cannot be decoded" in str(error.value)
     best = train_here(settings_of(odd_data, **updates, on_bad_image="skip"), odd_data)
-    assert "epoch 0: 2 unreadable image(s) left out" in caplog.text
+    assert "epoch 0: 2 unreadable image(s) skipped" in caplog.text
     settings = settings_of(odd_data, **updates, checkpoint=str(best), test_only=True)
     models, tokenizer, settings = open_models(settings, load_tokenizer)
     data = build_data(settings, tokenizer)

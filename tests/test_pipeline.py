@@ -33,7 +33,7 @@ def kernels():
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_a_split_lists_each_picture_and_caption_once(demo):
+def test_a_split_lists_each_image_and_caption_once(demo):
     settings, _, _, data = demo
     split = pipeline.split_of(data, settings, "val", hashed=False)
     assert (split.dataset, split.name, split.images_hash) == ("scenes", "val", "")
@@ -43,7 +43,7 @@ def test_a_split_lists_each_picture_and_caption_once(demo):
     assert split.batch_size == TINY_DEMO["per_gpu_batchsize"]
 
 
-def test_the_hash_of_a_split_knows_its_pictures_and_their_framing(demo):
+def test_the_hash_of_a_split_depends_on_images_and_cropping(demo):
     settings, _, _, data = demo
     hashes = {pipeline.split_of(data, settings, name, hashed=True).images_hash for name in ("val", "test")}
     assert len(hashes) == 2 and all(name.endswith(" 32 False") for name in hashes)  # size; squeezed, not cropped

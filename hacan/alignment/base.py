@@ -18,16 +18,16 @@ FORMS: dict[str, type["FineAlignment"]] = {}  # every registered form by its nam
 class FineAlignment(nn.Module):
     """fine(i, j) = KSF(V_h, T_h) + LRG(V_h, T_m) + LRG(V_m, T_h)  (METHOD sections 2 and 3).
 
-    The equations take regions [*, N, R, d], tokens [*, M, L, d] and mask [*, M, L] (bool, True: a real token), and give
-    scores [*, N, M]; `*` are optional batch dimensions, as in `torch.matmul`. Features are float32 or float64. Tokens
-    that are padding hold zeros, and every caption has at least one real token.
+    The equations take regions [*, N, R, d], tokens [*, M, L, d] and mask [*, M, L] (bool, True: a real token), and
+    return scores [*, N, M]; `*` are optional batch dimensions, as in `torch.matmul`. Features are float32 or float64.
+    Padding tokens are zeros, and every caption has at least one real token.
 
-    The keyword arguments of a form's constructor are its hyper-parameters. Each is kept as an attribute of the same
-    name, and has a config key of that name. `score_memory` bounds the working set, in MiB beyond features and scores.
+    The keyword arguments of a form's constructor are its hyper-parameters. Each is an attribute of the same name and a
+    config key. `score_memory` bounds the working set, in MiB beyond features and scores.
     """
 
     name: ClassVar[str] = ""  # set by `register`
-    attention_units: ClassVar[Mapping[str, str]] = dict.fromkeys(STREAMS, "attention")  # what a heatmap's scale shows
+    attention_units: ClassVar[Mapping[str, str]] = dict.fromkeys(STREAMS, "attention")  # unit of the colour scale
 
     def __init__(self, *, score_memory: float = 256) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class FineAlignment(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no local_relationship_guidance")
 
     def attention(self, regions: Tensor, tokens: Tensor, mask: Tensor, stream: str) -> Tensor:
-        """Optional, for heatmaps: what `stream` looks at, [*, N, M, L, R]; NaN for tokens that take no part."""
+        """Optional, for heatmaps: attention of `stream`, [*, N, M, L, R]; NaN for excluded tokens."""
         raise NotImplementedError
 
     @property
@@ -54,22 +54,22 @@ class FineAlignment(nn.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The constructor's keyword arguments and their present values, for settings and provenance."""
+        """The constructor's keyword arguments and their values, for settings and provenance."""
         return {key: getattr(self, key) for key in hyperparameters_of(type(self))}
 
     def forward(self, images: EncodedImages, texts: Texts, *, streams: tuple[str, ...] = STREAMS) -> Tensor:
-        """Fine similarity of all pairs, [N, M] in at least float32; a caption without tokens scores 0."""
+        """Return the fine similarity of all pairs, [N, M] in at least float32; 0 for a caption without tokens."""
         return score_all_pairs(self, images, texts, streams)
 
     def pairs(
         self, images: EncodedImages, texts: Texts, pairs: Tensor, *, streams: tuple[str, ...] = STREAMS
     ) -> Tensor:
-        """Fine similarity of listed pairs: `pairs` [P, 2] int64 (image, text) in any order -> scores [P]."""
+        """Return the fine similarity [P] of listed `pairs` [P, 2] int64 (image, text), in any order."""
         return score_listed_pairs(self, images, texts, pairs, streams)
 
 
 def register(name: str) -> Callable[[type[FineAlignment]], type[FineAlignment]]:
-    """Class decorator: make a form available as `alignment=NAME`."""
+    """Class decorator that registers a form as `alignment=NAME`."""
 
     def add(form: type[FineAlignment]) -> type[FineAlignment]:
         known = FORMS.get(name, form)
@@ -82,26 +82,26 @@ def register(name: str) -> Callable[[type[FineAlignment]], type[FineAlignment]]:
 
 
 def form_of(name: str) -> type[FineAlignment]:
-    """The form registered under `name`; a UserError names the others."""
+    """Return the form registered as `name`; raise `UserError` with the known names if there is none."""
     if name not in FORMS:
         raise UserError(f"alignment={name!r}: expected one of {', '.join(FORMS)}")
     return FORMS[name]
 
 
 def hyperparameters_of(form: type[FineAlignment]) -> dict[str, Any]:
-    """A form's hyper-parameters and their defaults (`inspect.Parameter.empty`: none): its constructor's arguments."""
+    """Return a form's hyper-parameters, its constructor's arguments, and their defaults (`Parameter.empty`: none)."""
     found: dict[str, inspect.Parameter] = {}
     for parent in form.__mro__[: form.__mro__.index(FineAlignment)]:
         parameters = inspect.signature(parent).parameters
         found = dict(parameters) | found
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break  # else the rest goes to the parent's constructor
+            break  # otherwise the rest is passed to the parent
     named = {k: v for k, v in found.items() if v.kind not in (v.VAR_POSITIONAL, v.VAR_KEYWORD)}
     return {k: v.default for k, v in named.items() if k != "score_memory"}
 
 
 def build_alignment(name: str, values: Mapping[str, Any], *, score_memory: float = 256) -> FineAlignment:
-    """The form called `name`; `values` holds its hyper-parameters, and may hold more. Some may have defaults."""
+    """Return the form `name` with its hyper-parameters from `values`; other keys are ignored."""
     form = form_of(name)
     for key, default in hyperparameters_of(form).items():
         if key not in values and default is inspect.Parameter.empty:
@@ -114,7 +114,7 @@ def build_alignment(name: str, values: Mapping[str, Any], *, score_memory: float
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, dim: int, *, keepdim: bool = False) -> Tensor:
-    """Mean over `dim` of the entries where `mask` (broadcast to `values`) is True; None: of all."""
+    """Return the mean over `dim` of the entries where `mask` (broadcast to `values`) is True; None: of all."""
     if mask is None:
         return values.mean(dim, keepdim=keepdim)
     total = values.masked_fill(~mask, 0).sum(dim, keepdim=keepdim)
@@ -122,11 +122,11 @@ def masked_mean(values: Tensor, mask: Tensor | None, dim: int, *, keepdim: bool 
 
 
 def inverse_norm(vectors: Tensor) -> Tensor:
-    """1 / max(||x||, 1e-8) over the last dimension. Its gradient at 0 is 0."""
+    """Return 1 / max(||x||, 1e-8) over the last dimension; its gradient at 0 is 0."""
     return torch.linalg.vector_norm(vectors, dim=-1).clamp_min(1e-8).reciprocal()
 
 
 def all_dots(sources: Tensor, queries: Tensor) -> Tensor:
-    """Dot products of sources [*, B, s, d] with queries [*, A, q, d]: [*, B, s, A, q]."""
+    """Return the dot products of sources [*, B, s, d] with queries [*, A, q, d]: [*, B, s, A, q]."""
     dots = sources.flatten(-3, -2) @ queries.flatten(-3, -2).mT
     return dots.unflatten(-1, queries.shape[-3:-1]).unflatten(-3, sources.shape[-3:-1])

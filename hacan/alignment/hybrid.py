@@ -12,7 +12,7 @@ FOCAL_TYPES = ("prob", "equal")
 
 @register("hybrid")
 class HybridAlignment(FineAlignment):
-    """Cross attention of queries Q to sources S, and the cosine of each query with what it attends to.
+    """Cross attention of queries Q to sources S, and the cosine of each query with its attended vector.
 
         a_sq = LeakyReLU_0.1(s . q)
         b_sq = a_sq / (||a_s.|| + 1e-8)            the norm is over the queries
@@ -24,7 +24,7 @@ class HybridAlignment(FineAlignment):
     queries), "t2i" (tokens are), or "both", the mean of the two.
     """
 
-    attention_units = dict.fromkeys(STREAMS, "times the even share")
+    attention_units = dict.fromkeys(STREAMS, "times the uniform weight")
 
     def __init__(self, *, direction: str, lambda_softmax: float, focal_type: str, score_memory: float = 256) -> None:
         super().__init__(score_memory=score_memory)
@@ -57,7 +57,7 @@ class HybridAlignment(FineAlignment):
     def score(
         self, dots: Tensor, queries: Tensor, sources: Tensor, q_mask: Tensor | None, s_mask: Tensor | None, focal: bool
     ) -> Tensor:
-        """Scores [*, B, A] of queries [*, A, q, d] and sources [*, B, s, d] from their dot products [*, B, s, A, q].
+        """Scores [*, B, A] of queries [*, A, q, d] and sources [*, B, s, d] from the dot products [*, B, s, A, q].
 
         The vectors u are never formed: q . u_q = sum_s w_qs (s . q), and ||u_q||^2 = w_q G w_q^T with G = S S^T.
         """
@@ -69,7 +69,7 @@ class HybridAlignment(FineAlignment):
         return masked_mean(cosines, None if q_mask is None else q_mask.unsqueeze(-3), -1)
 
     def weights(self, dots: Tensor, s_mask: Tensor | None, focal: bool) -> Tensor:
-        """Attention weights w of dot products [*, B, s, A, q]; they sum to 1 over s."""
+        """Return the attention weights w of dot products [*, B, s, A, q]; they sum to 1 over s."""
         a = F.leaky_relu(dots, 0.1)
         b = a / (torch.linalg.vector_norm(a, dim=-1, keepdim=True) + 1e-8)
         padding = dots.new_zeros(())
@@ -79,7 +79,7 @@ class HybridAlignment(FineAlignment):
         return self.focal_weights(w, s_mask) if focal else w
 
     def focal_weights(self, w: Tensor, s_mask: Tensor | None) -> Tensor:
-        """Weights of the kept sources, divided by their sum; the others are 0.
+        """Return the weights of the kept sources, divided by their sum; the others are 0.
 
         "prob": source s is kept where sum_s' (w_s - w_s') sqrt(w_s') > 0, which is w_s > sum_s' w^1.5 / sum_s' w^0.5.
         "equal": where w_s > 1 / n_s. The test has no gradient. Public code: uniform weights pass no test, and 0 / 0
@@ -97,7 +97,7 @@ class HybridAlignment(FineAlignment):
         return w / w.sum(-3, keepdim=True)
 
     def attention(self, regions: Tensor, tokens: Tensor, mask: Tensor, stream: str) -> Tensor:
-        """Weights times the number of sources (1: as even attention would give), [*, N, M, L, R]; "both": as "t2i"."""
+        """Return the weights times the number of sources (1: uniform), [*, N, M, L, R]; "both": as "t2i"."""
         focal = stream == "ksf"
         if self.direction == "i2t":  # sources are the tokens
             w = self.weights(all_dots(tokens, regions), mask, focal)  # [*, M, L, N, R]

@@ -11,7 +11,7 @@ from hacan.alignment.scoring import STREAMS
 
 @register("revised")
 class RevisedAlignment(FineAlignment):
-    """Guidance and filter on cosines; [CLS] and [SEP] take no part where a caption has more than 2 tokens.
+    """Guidance and filter on cosines; [CLS] and [SEP] are excluded if a caption has more than 2 tokens.
 
     LRG(V, T) = mean over words t of sum_v softmax_v(p) p,  p = c(v, t)
     KSF(Q, S) = mean over q of max over s of z,  z = c(q, s - mean(S)) * sign(delta), 0 where |delta| <= 1e-8,
@@ -22,7 +22,7 @@ class RevisedAlignment(FineAlignment):
     ignores. They cancel exactly, up to the 1e-8 floor of the norms.
     """
 
-    attention_units: ClassVar = dict.fromkeys(STREAMS, "times the even share") | {"ksf": "signed residual cosine"}
+    attention_units: ClassVar = dict.fromkeys(STREAMS, "times the uniform weight") | {"ksf": "signed residual cosine"}
 
     def __init__(self, *, direction: str, score_memory: float = 256) -> None:
         super().__init__(score_memory=score_memory)
@@ -61,22 +61,22 @@ class RevisedAlignment(FineAlignment):
 
 
 def words_only(mask: Tensor) -> Tensor:
-    """The mask [*, L] without the first and the last real token, [CLS] and [SEP], where there are more than 2."""
+    """Return the mask [*, L] without the first and last real token, [CLS] and [SEP], if there are more than 2."""
     place, count = mask.cumsum(-1), mask.sum(-1, keepdim=True)
     return mask & ((count <= 2) | ((place > 1) & (place < count)))
 
 
 def cosines(sources: Tensor, queries: Tensor) -> Tensor:
-    """c(q, s) of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q]."""
+    """Return c(q, s) of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q]."""
     unit = sources * inverse_norm(sources)[..., None]
     return all_dots(unit, queries) * inverse_norm(queries)[..., None, None, :, :]
 
 
 def filtered_cosines(sources: Tensor, queries: Tensor, source_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
-    """The z of METHOD section 3, of sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q].
+    """Return z of METHOD section 3 for sources [*, B, s, d] and queries [*, A, q, d]: [*, B, s, A, q].
 
     The sign has no gradient. A residual within rounding of the mean (32 epsilon of ||s||) counts as zero: equal
-    sources, a single one among them, leave no direction, and rounding must not invent one.
+    sources, including a single one, have no residual direction.
     """
     source_mask = None if source_mask is None else source_mask[..., None]
     query_mask = None if query_mask is None else query_mask[..., None, None, :, :]

@@ -1,7 +1,7 @@
-"""Scores of galleries by any form: blocks of bounded memory, listed pairs, recomputation in the backward pass.
+"""Score galleries with any form: blocks of bounded memory, listed pairs, recomputation in the backward pass.
 
-Captions are sorted by length, so that blocks hold little padding. What depends on lengths or lists is computed on the
-CPU before the first block, so that no block waits for a GPU.
+Captions are sorted by length, so that blocks have little padding. Everything that depends on lengths or lists is
+computed on the CPU before the first block, so that no block synchronises with a GPU.
 """
 
 import math
@@ -18,17 +18,16 @@ from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 Texts = EncodedTexts | PackedTexts
 STREAMS = ("ksf", "lrg_high", "lrg_mid")
-LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid", "high")}  # of image, of text
+LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid", "high")}  # level of image, of text
 
-# Blocks on a CPU: their tensors stay in the cache, and their matrix products run at full speed (measured by
-# scripts/benchmarks/alignment.py). A cell is one dot product of a region with a token.
+# Block sizes on a CPU, measured by scripts/benchmarks/alignment.py. A cell is a dot product of a region and a token.
 CPU_CELLS, CPU_TOKENS = 800_000, 1024
-LIVE_TENSORS, SAVED_TENSORS = 8, 8  # of the size of a block's cells: alive at once, and kept for the backward pass
-ROUNDING, FEWEST_TOKENS = 4, 256  # lengths are rounded up; a bucket has so many tokens at least where lengths grow
+LIVE_TENSORS, SAVED_TENSORS = 8, 8  # tensors of a block's size: alive at once, and saved for backward
+ROUNDING, FEWEST_TOKENS = 4, 256  # lengths are rounded up; smallest size of a bucket, in tokens
 
 
 def score_all_pairs(form: nn.Module, images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> Tensor:
-    """Scores [N, M] of all pairs, the sum of `streams`."""
+    """Return the scores [N, M] of all pairs, the sum of `streams`."""
     scorer = BlockScorer(form, images, texts, streams)
     count, lengths = len(images.high), scorer.lengths
     if not count or not any(lengths):
@@ -51,7 +50,7 @@ def score_all_pairs(form: nn.Module, images: EncodedImages, texts: Texts, stream
 def score_listed_pairs(
     form: nn.Module, images: EncodedImages, texts: Texts, pairs: Tensor, streams: tuple[str, ...]
 ) -> Tensor:
-    """Scores [P] of listed pairs [P, 2] (image, text), the sum of `streams`.
+    """Return the scores [P] of listed pairs [P, 2] (image, text), the sum of `streams`.
 
     A block is a batch of G images, N = 1 each, with captions of their own lists: [G, 1, R, d] and [G, m, L, d].
     """
@@ -69,7 +68,7 @@ def score_listed_pairs(
     blocks, places = [], []
     for group in groups_of_images(pairs[order, 0], lengths[order], tokens=tokens_per_block):
         rows = pairs[order[group[:, -1]], 0]
-        together = int(rows[-1] - rows[0]) == len(rows) - 1  # neighbours: a view of their regions, no copy
+        together = int(rows[-1] - rows[0]) == len(rows) - 1  # consecutive images: a view instead of a copy
         where = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows.to(scorer.device)
         longest = lengths[order[group]].masked_fill(group < 0, 0).amax(0).tolist()
         for bucket in length_buckets(longest, tokens=tokens_per_block // len(group)):
@@ -90,11 +89,11 @@ def score_listed_pairs(
 
 
 def length_buckets(lengths: list[int], *, tokens: int) -> list[slice]:
-    """Slices of captions sorted by length: of about one length each, and of at most `tokens` with their padding."""
+    """Return slices of captions sorted by length, each of similar lengths and at most `tokens` padded tokens."""
     buckets, first = [], 0
     for place, length in enumerate(lengths):
         width, before = rounded(length), rounded(lengths[place - 1])
-        least = min((place - first) * before, (len(lengths) - place) * width)  # tokens on either side of a cut here
+        least = min((place - first) * before, (len(lengths) - place) * width)  # tokens on either side of this cut
         if place > first and ((width > before and least >= FEWEST_TOKENS) or (place - first + 1) * width > tokens):
             buckets.append(slice(first, place))
             first = place
@@ -102,14 +101,14 @@ def length_buckets(lengths: list[int], *, tokens: int) -> list[slice]:
 
 
 def rounded(length: int) -> int:
-    """A caption's length with padding: a CPU multiplies small matrices of such sizes up to three times as fast."""
+    """Return the padded length of a caption; a CPU multiplies matrices of such sizes up to three times as fast."""
     return -(-length // ROUNDING) * ROUNDING
 
 
 def groups_of_images(images: Tensor, lengths: Tensor, *, tokens: int) -> Iterator[Tensor]:
-    """Places [G, m] of the pairs of images that share blocks, right-aligned, -1 before a list.
+    """Yield groups of G images as positions [G, m] of their pairs, right-aligned and padded with -1.
 
-    `images` [P] and `lengths` [P] of pairs sorted by both; `tokens`: of a group at most, unless it is a single image.
+    `images` [P] and `lengths` [P] of pairs sorted by both; `tokens`: limit of a group of more than one image.
     """
     counts = images.unique_consecutive(return_counts=True)[1]
     ends = counts.cumsum(0)
@@ -122,13 +121,13 @@ def groups_of_images(images: Tensor, lengths: Tensor, *, tokens: int) -> Iterato
 class Block(NamedTuple):
     """Captions that are scored together."""
 
-    rows: Tensor  # [*, m, L] int64: their rows of the token tables
-    padding: Tensor | None  # [P] int64: places of `rows`, flat, that are beyond a caption's end
-    mask: Tensor  # [*, m, L] bool: the real tokens; of a caption without any its first one, a zero
+    rows: Tensor  # [*, m, L] int64: rows of the token tables
+    padding: Tensor | None  # [P] int64: flat positions of padding in `rows`
+    mask: Tensor  # [*, m, L] bool: real tokens; the first one (a zero) if there are none
 
 
 class BlockScorer:
-    """What one call knows: features, block sizes, and how a block is scored."""
+    """Features and block sizes of one call, and the scoring of a block."""
 
     def __init__(self, form: nn.Module, images: EncodedImages, texts: Texts, streams: tuple[str, ...]) -> None:
         if not streams or len(set(streams) & set(STREAMS)) < len(streams):
@@ -149,7 +148,7 @@ class BlockScorer:
             for level, table in self.tables.items():
                 self.tables[level] = table.masked_fill(~texts.mask[..., None], 0).flatten(0, 1)
             starts, self.lengths = [j * width for j in range(count)], [width] * count
-            if width and self.real.device.type == "cpu":  # a GPU is not waited for: there all have the full width
+            if width and self.real.device.type == "cpu":  # on a GPU all have the full width, to avoid a synchronisation
                 self.lengths = (texts.mask * torch.arange(1, width + 1)).amax(1).tolist()
             self.empty = ~self.real.any(1).to(self.device)
         self._starts, self._lengths = torch.tensor(starts), torch.tensor(self.lengths)
@@ -157,10 +156,10 @@ class BlockScorer:
         cells, tokens = budget // LIVE_TENSORS, budget // LIVE_TENSORS // images.high.shape[-1]
         self.cells_per_block = max(1, min(cells, CPU_CELLS) if on_cpu else cells)
         self.tokens_per_block = max(1, min(tokens, CPU_TOKENS) if on_cpu else tokens)
-        self._graph = budget // SAVED_TENSORS if torch.is_grad_enabled() else math.inf  # cells that may still be kept
+        self._graph = budget // SAVED_TENSORS if torch.is_grad_enabled() else math.inf  # cells left to save
 
     def block(self, captions: Tensor, shortest: int, longest: int) -> Block:
-        """The block of captions [*, m] (int64, on the CPU) of these lengths; -1: no caption, its score is not read."""
+        """Return the block of captions [*, m] (int64, on the CPU); -1: no caption, its score is not used."""
         places = torch.arange(max(1, rounded(longest) if self.device.type == "cpu" else longest))
         beyond = places >= self._lengths[captions].masked_fill(captions < 0, 0)[..., None]
         rows = (self._starts[captions][..., None] + places).masked_fill(beyond, 0)
@@ -173,7 +172,7 @@ class BlockScorer:
         return Block(rows.to(device), padding, mask)
 
     def tokens(self, block: Block) -> dict[str, Tensor]:
-        """Tokens [*, m, L, d] of a block by level; padding holds zeros."""
+        """Return the tokens [*, m, L, d] of a block by level, with zeros as padding."""
         found = {}
         for level, table in self.tables.items():
             tokens = table.index_select(0, block.rows.flatten())
@@ -183,7 +182,7 @@ class BlockScorer:
         return found
 
     def score(self, stream: str, regions: Tensor, tokens: dict[str, Tensor], block: Block) -> Tensor:
-        """Scores [*, n, m] by a stream's equation; recomputed in the backward pass once kept graphs fill the budget."""
+        """Return the scores [*, n, m] of a stream; recomputed in backward once saved graphs fill the budget."""
         form = self.form.key_semantic_filter if stream == "ksf" else self.form.local_relationship_guidance
 
         def equation(regions: Tensor, tokens: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a person looks at: heatmaps of a pair, a gallery of queries, and one HTML file about an evaluation."""
+"""Heatmaps of image-caption pairs, and the HTML report of an evaluation."""

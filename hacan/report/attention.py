@@ -1,4 +1,4 @@
-"""What the fine similarity of one image and one caption attends to: a token-by-region map per stream."""
+"""Token-by-region attention maps of an image and a caption, one per stream."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,18 @@ from hacan.types import EncodedImages, EncodedTexts
 
 
 class StreamAttention(NamedTuple):
-    """One stream of one pair."""
+    """The map of one stream."""
 
-    values: Tensor  # [W, R] float32; NaN in the rows of tokens that take no part
+    values: Tensor  # [W, R] float32; rows of excluded tokens are NaN
     unit: str  # of the values
-    score: float  # what this stream adds to the fine similarity
+    score: float  # contribution to the fine similarity
 
 
 @torch.no_grad()
 def pair_attention(alignment: FineAlignment, images: EncodedImages, texts: EncodedTexts) -> dict[str, StreamAttention]:
-    """The maps of a single pair, by stream; R are the regions of the stream's image level, row by row of its grid.
+    """Return the maps of a pair by stream; R are the regions of the stream's image level in row-major order.
 
-    Values and units are those of the form's own `attention`. UserError where the form does not define it.
+    Values and units are those of the form's `attention`; raises `UserError` if the form does not define it.
     """
     if len(images.high) != 1 or len(texts.high) != 1:
         raise ValueError(f"{len(images.high)} images and {len(texts.high)} texts were given, expected one of each")
@@ -32,7 +32,7 @@ def pair_attention(alignment: FineAlignment, images: EncodedImages, texts: Encod
             "docs/changing-the-method.md shows how to add it"
         )
     if not bool(texts.mask.any()):
-        raise ValueError("the text has no real token, so there is nothing to look at")
+        raise ValueError("the text has no tokens")
     found = {}
     with torch.autocast(images.high.device.type, enabled=False):
         for stream, (of_image, of_text) in LEVELS.items():

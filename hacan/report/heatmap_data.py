@@ -41,14 +41,14 @@ def heatmap_data(
     progress: bool,
 ) -> dict[str, Any]:
     """Return plain values: the pairs with their maps, each image once, and the colour map."""
-    pictures: dict[int, str] = {}
+    images: dict[int, str] = {}
     shown = []
     for image, text in tqdm(pairs, desc="heatmaps", unit="pair", disable=not progress):
         found = explain(pretrained, paths[image], captions[text])
-        pictures.setdefault(image, data_uri(found.picture, quality=LARGE_QUALITY))
+        images.setdefault(image, data_uri(found.image, quality=LARGE_QUALITY))
         shown.append({"image": image, "correct": bool(image_of_text[text] == image), **_to_json(found)})
     colours = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(int).tolist()
-    return {"pairs": shown, "pictures": pictures, "colours": colours, "alpha": ALPHA, "faint": FAINT}
+    return {"pairs": shown, "pictures": images, "colours": colours, "alpha": ALPHA, "faint": FAINT}
 
 
 def _to_json(found: Explanation) -> dict[str, Any]:

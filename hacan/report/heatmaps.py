@@ -1,8 +1,8 @@
-"""Word-by-region heatmaps of one image and one caption, laid over the image that the model sees.
+"""Word-by-region heatmaps of an image and a caption, as overlays on the preprocessed image.
 
 >>> model = hacan.load_pretrained("exported")
 >>> found = explain(model, "dog.jpg", "a dog on a beach")
->>> overlay(found.picture, found.streams[0].grids[1], *found.streams[0].range)  # [H, W, 3] uint8: "dog", KSF
+>>> overlay(found.image, found.streams[0].grids[1], *found.streams[0].range)  # [H, W, 3] uint8: "dog", KSF
 >>> figure(found).savefig("dog.png")
 """
 
@@ -25,35 +25,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STREAM_NAMES = {"ksf": "KSF", "lrg_high": "LRG high", "lrg_mid": "LRG mid"}
-COLORMAP = "inferno"  # perceptually even; dark where the weight is small
-ALPHA = 0.75  # where the value is highest; the lowest values take FAINT of it, so that the image stays clear there
-FAINT = 0.35
-WORDS_PER_LINE = 8  # of a figure
+COLORMAP = "inferno"  # perceptually uniform; dark for small weights
+ALPHA = 0.75  # opacity of the highest value
+FAINT = 0.35  # opacity of the lowest value, as a share of ALPHA
+WORDS_PER_LINE = 8  # in a figure
 
 
 class Word(NamedTuple):
-    """A word of a caption, and the tokens that it became."""
+    """A word of a caption and its tokens."""
 
-    text: str  # as it stands in the caption
-    tokens: tuple[int, ...]  # places among the tokens of the caption
+    text: str  # as written in the caption
+    tokens: tuple[int, ...]  # positions in the token sequence
     special: bool = False  # [CLS], [SEP]
 
 
 class StreamMaps(NamedTuple):
-    """The maps of one stream over the words."""
+    """The maps of all words in one stream."""
 
     stream: str  # ksf, lrg_high, lrg_mid
     grids: np.ndarray  # [words, rows, columns] float32
     unit: str
-    score: float  # what this stream adds to the fine similarity
-    special: tuple[int, ...] = ()  # places of [CLS] and [SEP] among the words
+    score: float  # contribution to the fine similarity
+    special: tuple[int, ...] = ()  # positions of [CLS] and [SEP] in the words
 
     @property
     def range(self) -> tuple[float, float]:
-        """Smallest and largest value over the words: one scale for the stream, so that words can be compared.
+        """Smallest and largest value over the words: the common colour scale of the stream.
 
-        [CLS] and [SEP] do not count, unless there is nothing else: one of them often looks at a single region, and
-        would leave the words pale. Their own maps are cut off at the ends of the scale.
+        [CLS] and [SEP] are excluded if there are other words, because one of them often attends to a single region.
+        Their own maps are clipped to the scale.
         """
         words = np.delete(self.grids, self.special, axis=0)
         shown = words if len(words) else self.grids
@@ -61,9 +61,9 @@ class StreamMaps(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """A pair, and what each stream looked at for each word."""
+    """The heatmaps of an image and a caption."""
 
-    picture: np.ndarray  # [H, W, 3] uint8 RGB: what the model sees of the image
+    image: np.ndarray  # [H, W, 3] uint8 RGB, resized and cropped as for the model
     caption: str
     words: list[Word]
     streams: list[StreamMaps]
@@ -74,9 +74,9 @@ class Explanation(NamedTuple):
         return sum(stream.score for stream in self.streams)
 
 
-def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: str) -> Explanation:
-    """The heatmaps of a image (a file, or uint8 [H, W, 3] RGB) and a caption; pieces of a word are averaged."""
-    array, caption = picture if isinstance(picture, np.ndarray) else read_image(picture), _whole(caption)
+def explain(pretrained: Pretrained, image: str | Path | np.ndarray, caption: str) -> Explanation:
+    """Return the heatmaps of an image (a file, or uint8 [H, W, 3] RGB) and a caption; word pieces are averaged."""
+    array, caption = image if isinstance(image, np.ndarray) else read_image(image), _encodable(caption)
     size = pretrained.image_size
     seen = image_of_pixels(preprocess_image(array, image_size=size, centre_crop=pretrained.centre_crop))
     attention = pair_attention(
@@ -96,8 +96,8 @@ def explain(pretrained: Pretrained, picture: str | Path | np.ndarray, caption: s
 
 
 def words_of(caption: str, tokenizer: PreTrainedTokenizerBase, *, max_text_len: int) -> list[Word]:
-    """The words of a caption as far as the model reads it, with their tokens; special tokens as words of their own."""
-    caption = _whole(caption)
+    """Return the words of the truncated caption with their tokens; special tokens are separate words."""
+    caption = _encodable(caption)
     encoded = tokenizer(caption, truncation=True, max_length=max_text_len, return_offsets_mapping=True)
     names = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     words: list[Word] = []
@@ -114,36 +114,36 @@ def words_of(caption: str, tokenizer: PreTrainedTokenizerBase, *, max_text_len: 
 
 
 def image_of_pixels(pixels: Tensor) -> np.ndarray:
-    """Normalised pixels [3, H, W] -> the image again, [H, W, 3] uint8 RGB."""
+    """Undo the normalisation: pixels [3, H, W] -> [H, W, 3] uint8 RGB."""
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def upsample(grid: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[rows, columns] -> [height, width], bilinear between the centres of the cells; never beyond their values."""
+    """Resize [rows, columns] to [height, width], bilinear between the centres of the cells."""
     cells = torch.from_numpy(np.ascontiguousarray(grid, np.float32))[None, None]
     return torch.nn.functional.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False)[
         0, 0
     ].numpy()
 
 
-def overlay(picture: np.ndarray, grid: np.ndarray, low: float, high: float, *, alpha: float = ALPHA) -> np.ndarray:
-    """The map [rows, columns] as colours from `low` to `high`, over the image [H, W, 3] uint8 -> its shape."""
-    values = upsample(grid, *picture.shape[:2])
+def overlay(image: np.ndarray, grid: np.ndarray, low: float, high: float, *, alpha: float = ALPHA) -> np.ndarray:
+    """Return the image [H, W, 3] uint8 with the map [rows, columns] on top, coloured from `low` to `high`."""
+    values = upsample(grid, *image.shape[:2])
     scaled = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
     colours = colormaps[COLORMAP](scaled)[..., :3] * 255
     opacity = alpha * (FAINT + (1 - FAINT) * scaled[..., None])
-    return np.rint(picture * (1 - opacity) + colours * opacity).astype(np.uint8)
+    return np.rint(image * (1 - opacity) + colours * opacity).astype(np.uint8)
 
 
 def figure(found: Explanation, *, alpha: float = ALPHA) -> "Figure":
-    """All words (special tokens left out), a row per stream, each stream with one scale."""
+    """Return a figure of all words but special tokens, with a row and a colour scale per stream."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     places = [place for place, word in enumerate(found.words) if not word.special]
-    per_line = -(-len(places) // max(1, -(-len(places) // WORDS_PER_LINE))) or 1  # lines of about equal length
+    per_line = -(-len(places) // max(1, -(-len(places) // WORDS_PER_LINE))) or 1  # balanced lines
     lines = [places[at : at + per_line] for at in range(0, len(places), per_line)] or [[]]
     columns = 1 + max(1, len(lines[0]))
     rows = len(lines) * len(found.streams)
@@ -156,10 +156,10 @@ def figure(found: Explanation, *, alpha: float = ALPHA) -> "Figure":
         for k, stream in enumerate(found.streams):
             row = axes[line * len(found.streams) + k]
             low, high = stream.range
-            row[0].imshow(found.picture)
+            row[0].imshow(found.image)
             row[0].set_title(f"{STREAM_NAMES[stream.stream]}: {stream.score:+.3f}", fontsize=9)
             for axis, place in zip(row[1:], shown, strict=False):
-                axis.imshow(overlay(found.picture, stream.grids[place], low, high, alpha=alpha))
+                axis.imshow(overlay(found.image, stream.grids[place], low, high, alpha=alpha))
                 axis.set_title(_plain(found.words[place].text), fontsize=9)
             scale = ScalarMappable(Normalize(low, high if high > low else low + 1e-6), COLORMAP)
             bar = drawn.colorbar(scale, ax=list(row), fraction=0.03, pad=0.01)
@@ -169,21 +169,21 @@ def figure(found: Explanation, *, alpha: float = ALPHA) -> "Figure":
 
 
 def save_figure(found: Explanation, path: Path, *, alpha: float = ALPHA) -> None:
-    """Write the figure; the ending of `path` says the format."""
+    """Save the figure in the format of the suffix of `path`."""
     formats = ("png", "jpg", "jpeg", "pdf", "svg", "webp")
     if path.suffix.lower().removeprefix(".") not in formats:
-        raise UserError(f"{path} names no image format: end it in .{', .'.join(formats)}")
+        raise UserError(f"{path} has no known image suffix: use .{', .'.join(formats)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure(found, alpha=alpha).savefig(path, dpi=110)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; give another place") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}; give another path") from error
 
 
-def _whole(text: str) -> str:
-    """The text with what no file and no tokenizer takes, a lone half of an emoji, as a question mark."""
+def _encodable(text: str) -> str:
+    """Return the text with lone surrogates replaced by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # a caption is no formula
+    return text.replace("$", r"\$")  # no mathtext

@@ -102,7 +102,7 @@ def _heatmaps(pretrained: Pretrained, image: str | Path, text: str) -> list[Stre
         StreamHeatmaps(
             f"{STREAM_NAMES[stream.stream]} adds {stream.score:+.4f}; colours: {stream.unit}",
             [
-                (word.text, data_uri(shrink(overlay(found.picture, grid, *stream.range), HEATMAP)))
+                (word.text, data_uri(shrink(overlay(found.image, grid, *stream.range), HEATMAP)))
                 for word, grid in zip(found.words, stream.grids, strict=True)
                 if not word.special
             ],

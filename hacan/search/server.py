@@ -83,9 +83,9 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
         content = await _body(request)
 
         def answer() -> dict[str, Any]:
-            picture = decode_upload(content, max_pixels=MAX_PIXELS)
+            image = decode_upload(content, max_pixels=MAX_PIXELS)
             kind = find or (TEXTS if index.count(TEXTS) else PICTURES)
-            results = index.search(image=picture, find=kind, top=_within(top))
+            results = index.search(image=image, find=kind, top=_within(top))
             return {"find": kind, "text": "", "results": [_plain(result, kind) for result in results]}
 
         return await work(answer)
@@ -155,7 +155,7 @@ def _maps(index: Index, row: int, text: str, stream: str) -> dict[str, Any]:
     words = [
         {"word": word.text, "map": data_uri(shrink(shown, MAP))}
         for word, grid in zip(found.words, maps.grids, strict=True)
-        for shown in [overlay(found.picture, grid, *maps.range)]
+        for shown in [overlay(found.image, grid, *maps.range)]
     ]
     return {"words": words, "stream": STREAM_NAMES[stream], "unit": maps.unit, "score": maps.score}
 

@@ -103,19 +103,19 @@ def _add_images(
     rows: Iterator[int],
     bad: list[tuple[str, str]],
 ) -> int:
-    pictures, payloads = [], []
+    images, payloads = [], []
     for content, paths in part:
         try:
-            pictures.append(read_image(paths[0]))
+            images.append(read_image(paths[0]))
             payloads.append({"hash": content, "paths": sorted(paths)})
         except UserError as error:
             bad += [(path, str(error)) for path in paths]
-    if not pictures:
+    if not images:
         return 0
-    encoded = pretrained.encode_images(pictures)
+    encoded = pretrained.encode_images(images)
     high, mid, pooled = (values.float().cpu().numpy() for values in (encoded.high, encoded.mid, encoded.pooled))
-    collection.put(list(islice(rows, len(pictures))), high=high, mid=mid, pooled=pooled, payloads=payloads)
-    return len(pictures)
+    collection.put(list(islice(rows, len(images))), high=high, mid=mid, pooled=pooled, payloads=payloads)
+    return len(images)
 
 
 def _add_texts(collection: Collection, pretrained: Pretrained, part: list[tuple[str, str]], rows: list[int]) -> None:

@@ -11,7 +11,7 @@ from hacan.report.heatmaps import Explanation, StreamMaps, image_of_pixels, word
 from hacan.types import EncodedImages
 
 
-def explain_features(pretrained: Pretrained, images: EncodedImages, picture: np.ndarray, text: str) -> Explanation:
+def explain_features(pretrained: Pretrained, images: EncodedImages, image: np.ndarray, text: str) -> Explanation:
     """Return the heatmaps as `hacan.report.heatmaps.explain` does, from stored features of an image [H, W, 3]."""
     size = pretrained.image_size
     attention = pair_attention(pretrained.model.alignment, images, pretrained.encode_texts([text]))
@@ -26,5 +26,5 @@ def explain_features(pretrained: Pretrained, images: EncodedImages, picture: np.
         grid = mid if name == "lrg_mid" else high
         by_word = torch.stack([found.values[list(word.tokens)].mean(0) for word in words])
         streams.append(StreamMaps(name, by_word.view(-1, *grid).numpy(), found.unit, found.score))
-    seen = image_of_pixels(preprocess_image(picture, image_size=size, centre_crop=pretrained.centre_crop))
+    seen = image_of_pixels(preprocess_image(image, image_size=size, centre_crop=pretrained.centre_crop))
     return Explanation(seen, text, words, streams)

@@ -125,7 +125,7 @@ def test_packing_takes_any_mask():
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("name", "focal_type"), FORMS)
-def test_half_precision_banks_are_read_in_float32(name, focal_type, half):
+def test_half_precision_features_are_scored_in_float32(name, focal_type, half):
     images, texts = features(46)
     texts = pack_texts(texts)
     images, texts = changed(images, lambda t: t.to(half)), changed(texts, lambda t: t.to(half))

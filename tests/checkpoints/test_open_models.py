@@ -101,7 +101,7 @@ def test_a_tokenizer_with_more_words_than_the_release_is_named(make_settings, tm
 
 
 @pytest.mark.parametrize("key", ["image_size", "max_text_len", "tokenizer"])
-def test_members_of_an_ensemble_see_the_same(written, make_settings, key):
+def test_members_of_an_ensemble_need_equal_preprocessing(written, make_settings, key):
     other = {"vocabulary": BertTokenizerFast(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "dog": 4})}
     updates = other if key == "tokenizer" else {key: {"image_size": 96, "max_text_len": 9}[key]}
     paths = [written("a.ckpt"), written("b.ckpt", **updates)]

@@ -126,7 +126,7 @@ def test_single_items_and_empty_lists_are_refused(trained, pictures):
         loaded.encode_images([3])
 
 
-def test_bad_pictures_and_bombs_are_one_line(trained, tmp_path):
+def test_bad_images_and_bombs_are_one_line(trained, tmp_path):
     loaded = hacan.load_pretrained(trained[1])
     bomb, page = tmp_path / "bomb.png", tmp_path / "page.jpg"
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 60_000, 50_000) + bytes(99))
@@ -151,7 +151,7 @@ def test_odd_captions_are_captions(trained):
     torch.testing.assert_close(texts.pooled[-1:], loaded.encode_texts(["a dog"]).pooled)
 
 
-def test_the_demos_pictures_are_squeezed_not_cropped(make_model, make_settings, tokenizer, tmp_path):
+def test_the_demos_images_are_squeezed_not_cropped(make_model, make_settings, tokenizer, tmp_path):
     model = make_model()
     for datasets in ("scenes", "f8k"):
         description = describe_model(model, make_settings(datasets=datasets), tokenizer)

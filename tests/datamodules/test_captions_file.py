@@ -37,7 +37,7 @@ def test_csv_with_splits(root):
     ]
 
 
-def test_jsonl_with_splits_and_pictures_beside_it(root):
+def test_jsonl_with_splits_and_images_beside_it(root):
     for picture in list((root / "images").glob("*.jpg")):
         picture.rename(root / picture.name)
     (root / "images" / "deep" / "c.jpg").rename(root / "c.jpg")
@@ -56,7 +56,7 @@ def test_jsonl_with_splits_and_pictures_beside_it(root):
     ]
 
 
-def test_without_splits_the_name_decides_and_it_is_said(root, caplog):
+def test_without_splits_a_hash_of_the_name_assigns_them_with_a_warning(root, caplog):
     (root / "captions.csv").write_text('image,caption\na.jpg,x\n"b,ü.jpg",y\na.jpg,z\n', encoding="utf-8")
     records = read_captions_file(root)
     assert [record.split for record in records] == [split_of_name("a.jpg"), split_of_name("b,ü.jpg")]

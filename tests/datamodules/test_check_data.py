@@ -63,7 +63,7 @@ def test_a_complete_root(root, check_data, capsys):
     assert "published split has 6000" in out
 
 
-def test_missing_pictures_are_listed_split_by_split(root, check_data, capsys):
+def test_missing_images_are_listed_split_by_split(root, check_data, capsys):
     for name in ("0.png", "4.png", "2.png"):
         (root / "f8k" / "images" / name).unlink()
     assert check_data([str(root), "--datasets", "f8k"]) == 1
@@ -82,7 +82,7 @@ def test_only_the_first_names_unless_all_are_asked_for(root, check_data, capsys)
     assert capsys.readouterr().out.count("missing: ") == 13
 
 
-def test_decoding_finds_what_only_looks_like_a_picture(root, check_data, capsys):
+def test_decoding_finds_files_that_are_not_images(root, check_data, capsys):
     (root / "f8k" / "images" / "3.png").write_bytes(b"<html>")
     (root / "f8k" / "images" / "5.png").unlink()
     assert check_data([str(root)]) == 1
@@ -109,7 +109,7 @@ def test_empty_splits_are_incomplete(root, check_data, capsys):
     assert "2 image(s) are listed more than once" in capsys.readouterr().out
 
 
-def test_problems_of_reading_are_said_and_the_other_data_sets_looked_at(root, check_data, capsys):
+def test_check_data_reports_unreadable_data_sets_and_checks_the_others(root, check_data, capsys):
     (root / "coco").mkdir()
     (root / "captions.jsonl").write_text('{"image": 3}')
     assert check_data([str(root)]) == 1

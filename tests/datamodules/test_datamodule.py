@@ -194,7 +194,7 @@ def test_batches_hold_what_the_records_say(records):
     assert len(set(seen)) == 20
 
 
-def test_pixels_are_the_pictures_and_augmentation_differs_between_epochs_and_pairs(records):
+def test_pixels_are_the_images_and_augmentation_differs_between_epochs_and_pairs(records):
     loader = module(records).train_dataloader()
     epochs = []
     for epoch in range(2):
@@ -273,14 +273,14 @@ def spoilt(records, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_picture_stops_training_with_its_name(spoilt, num_workers):
+def test_a_bad_image_stops_training_with_its_name(spoilt, num_workers):
     message = error_of(list, module(spoilt, num_workers=num_workers).train_dataloader())
     assert "damaged.png" in message or "gone.png" in message
     assert "on_bad_image=skip" in message
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_skipped_pictures_are_left_out_counted_and_reported(spoilt, records, num_workers, caplog):
+def test_skipped_images_are_counted_and_reported(spoilt, records, num_workers, caplog):
     sizes = {"batch_size": 22, "per_gpu_batchsize": 11, "num_workers": num_workers}
     data = module(spoilt, on_bad_image="skip", **sizes)
     found, whole = list(data.train_dataloader()), list(module(records, **sizes).train_dataloader())
@@ -291,11 +291,11 @@ def test_skipped_pictures_are_left_out_counted_and_reported(spoilt, records, num
     assert sum(len(batch.images) for batch in found) == 22 - 9
     assert sorted(os.path.basename(path) for path in data.skipped) == ["damaged.png", "gone.png"]
     assert "2 unreadable image(s) skipped" in caplog.text and "epoch 0" in caplog.text
-    assert caplog.text.count("counted at the end of the epoch") == 1  # the first one is said at once
+    assert caplog.text.count("reported at the end of the epoch") == 1  # the first one is said at once
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_without_any_readable_picture_keeps_its_place(spoilt, num_workers):
+def test_a_batch_without_readable_images_is_yielded_empty(spoilt, num_workers):
     """Several processes take the same number of batches each, whoever has the bad images."""
     only = [record for record in spoilt if record.image_id in (1002, 1005)]
     loader = module(only, on_bad_image="skip", num_workers=num_workers).train_dataloader()
@@ -304,7 +304,7 @@ def test_a_batch_without_any_readable_picture_keeps_its_place(spoilt, num_worker
     assert all(batch.images.shape == (0, 3, 16, 16) and len(batch.image_ids) == 0 for batch in batches)
 
 
-def test_evaluation_needs_every_picture(records, tmp_path):
+def test_evaluation_needs_every_image(records, tmp_path):
     bad = [CaptionedImage(tmp_path / "gone.png", ("x",), 1, "val"), *records]
     for num_workers in (0, 1):
         data = module(bad, num_workers=num_workers, on_bad_image="skip")
@@ -358,7 +358,7 @@ def test_ground_truth_of_a_split(records):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_each_picture_of_a_split_comes_once_and_is_decoded_once(records, num_workers, monkeypatch):
+def test_each_image_of_a_split_comes_once_and_is_decoded_once(records, num_workers, monkeypatch):
     import datamodules.evaluation_data as room
 
     calls = []

@@ -96,7 +96,7 @@ def test_each_missing_thing_is_named(tmp_path):
     assert "f8k" in error_of(read_records, "f8k", tmp_path / "f8k")  # one folder too deep: says which one to give
 
 
-def test_missing_pictures_are_counted(tmp_path):
+def test_missing_images_are_counted(tmp_path):
     folder = make_flickr(tmp_path)
     (folder / "images" / "b ü.jpg").unlink()
     message = error_of(read_records, "f8k", tmp_path)
@@ -108,7 +108,7 @@ def test_missing_pictures_are_counted(tmp_path):
     assert len(read_records("f8k", tmp_path, check_files=False)) == 3
 
 
-def test_a_folder_named_like_a_picture_is_no_picture(tmp_path):
+def test_a_folder_named_like_a_image_is_no_image(tmp_path):
     folder = make_flickr(tmp_path)
     (folder / "images" / "a.jpg").unlink()
     (folder / "images" / "a.jpg").mkdir()

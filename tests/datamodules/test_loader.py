@@ -129,7 +129,7 @@ def item(number, width):
     return Pair(pixels, np.arange(width, dtype=np.int32), image_id=number * 10, caption_id=number)
 
 
-def test_a_batch_leaves_bad_pictures_out_and_reports_them():
+def test_a_batch_leaves_bad_images_out_and_reports_them():
     bad = UnreadableImage("x.jpg", "image x.jpg cannot be decoded")
     batch, found = PairCollator(padding_id=0, image_size=7)([item(1, 2), bad, item(2, 4), item(3, 3)])
     assert found == [bad]
@@ -138,7 +138,7 @@ def test_a_batch_leaves_bad_pictures_out_and_reports_them():
     torch.testing.assert_close(batch.images[1], normalise(item(2, 4).image[None])[0])
 
 
-def test_a_batch_of_bad_pictures_alone_has_no_pair_but_its_shapes():
+def test_a_batch_of_bad_images_alone_has_no_pair_but_its_shapes():
     bad = UnreadableImage("x.jpg", "image x.jpg cannot be decoded")
     batch, found = PairCollator(padding_id=0, image_size=7)([bad, bad])
     assert found == [bad, bad] and batch.images.shape == (0, 3, 7, 7) and batch.images.dtype == torch.float32

@@ -107,7 +107,7 @@ class TwoThings(np.random.Generator):
 
 @pytest.mark.parametrize("layout", ["row", "column"])
 @pytest.mark.parametrize("size", [48, 112])
-def test_things_are_drawn_where_they_are_said_to_be(layout, size):
+def test_things_are_drawn_at_their_positions(layout, size):
     things = (Thing("circle", "red", "small"), Thing("square", "green", "large"), Thing("triangle", "blue", "small"))
     picture = draw_scene(Scene(things, layout, "black"), size=size, rng=np.random.default_rng(4)).astype(int)
     centres, areas = [], []
@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_files_and_another_one_others(folder, tmp_p
         assert record.path.read_bytes() == again.path.read_bytes()
 
 
-def test_other_parameters_a_lost_picture_and_a_damaged_file_are_made_anew(tmp_path):
+def test_scenes_are_written_again_for_other_parameters_and_missing_or_damaged_files(tmp_path):
     counts = {"train": 3, "val": 2, "test": 4}
     records = read(tmp_path, counts=counts)
     assert len(read(tmp_path, counts={**counts, "test": 5})) == 10
@@ -191,7 +191,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_that_looks_complete(tmp_path, 
     assert len(read(tmp_path)) == sum(COUNTS.values())
 
 
-def test_processes_that_draw_at_the_same_time_leave_each_others_pictures_alone(folder):
+def test_concurrent_processes_can_draw_the_same_scenes(folder):
     records = read(folder)
     before = {record.path: record.path.stat().st_ino for record in records}
     write_scenes(folder, counts=COUNTS, scene_size=48, progress=False)  # the slower one, which saw nothing at first

@@ -48,14 +48,14 @@ def test_formats_come_out_as_rgb(tmp_path, kind):
         np.dstack([np.full((5, 7, 3), 90, np.uint8), np.zeros((5, 7), np.uint8)]),  # wholly transparent
     ],
 )
-def test_gray_deep_and_transparent_pictures(tmp_path, pixels):
+def test_gray_deep_and_transparent_images(tmp_path, pixels):
     path = tmp_path / "x.png"
     path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
     assert np.array_equal(read_image(path), np.full((5, 7, 3), 90, np.uint8))
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
-def test_exif_orientation_turns_the_picture_upright(tmp_path, orientation, corner):
+def test_exif_orientation_is_applied(tmp_path, orientation, corner):
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:8, :8] = 255  # top left, as the camera held it
     tag = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
@@ -69,7 +69,7 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path, orientation, corne
     assert sum(read[y, x].min() > 128 for y in (0, -1) for x in (0, -1)) == 1
 
 
-def test_pictures_that_cannot_be_read_are_named(tmp_path):
+def test_images_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "x.png"
     assert "there is no such file" in error_of(read_image, path)
     assert "cannot be read" in error_of(read_image, tmp_path)

@@ -13,7 +13,7 @@ from hacan.images.preprocessing import MEAN, STD, normalise, preprocess_image, u
 
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (9, 200), (600, 20), (1, 1)])
 @pytest.mark.parametrize("cropping", [PHOTOS, SCENES], ids=["photos", "scenes"])
-def test_are_those_of_the_evaluation(shape, cropping):
+def test_preprocess_image_equals_the_evaluation_transform(shape, cropping):
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     found = preprocess_image(picture, image_size=48, centre_crop=cropping.centre_crop)
     assert found.shape == (3, 48, 48) and found.dtype == torch.float32
@@ -43,5 +43,5 @@ def test_wrong_arrays_are_named(array):
         preprocess_image(array, image_size=32)
 
 
-def test_training_and_inference_agree_which_pictures_are_cropped():
+def test_training_and_inference_agree_which_images_are_cropped():
     assert {name: uses_centre_crop(name) for name in NAMES} == {name: cropping_of(name).centre_crop for name in NAMES}

@@ -94,7 +94,7 @@ def test_image_weights_in_the_original_convnext_naming(make_model, tmp_path, pix
     torch.testing.assert_close(features.pooled, pooled, rtol=1e-4, atol=1e-4)
 
 
-def test_position_embeddings_of_another_picture_size_are_resampled(make_model, tmp_path):
+def test_position_embeddings_are_resampled_to_the_image_size(make_model, tmp_path):
     arguments = {"depth": 2, "embed_dim": 24, "num_heads": 2}
     state = timm.create_model("vit_tiny_patch16_224", img_size=48, **arguments).state_dict()
     torch.save(state, tmp_path / "vit.pth")
@@ -196,7 +196,7 @@ def test_half_precision_files_are_computed_in_float32(make_model, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_a_missing_pooler_is_said(make_model, tmp_path, caplog):
+def test_a_missing_pooler_is_an_error(make_model, tmp_path, caplog):
     state = {key: value for key, value in bert().state_dict().items() if not key.startswith("pooler.")}
     torch.save(state, tmp_path / "headless.bin")
     with caplog.at_level(logging.WARNING):
@@ -277,7 +277,7 @@ def test_a_folder_without_weights_or_config(make_model, tmp_path):
         make_model(text_encoder=str(tmp_path), text_encoder_args={})
 
 
-def test_pictures_that_the_backbone_cannot_take(make_model):
+def test_images_that_the_backbone_cannot_take(make_model):
     with pytest.raises(
         UserError, match=r"image_encoder='vit_tiny_patch16_224'.*image_size=32|image_size=32.*'vit_tiny"
     ):

@@ -113,7 +113,7 @@ def test_dropout_of_a_frozen_bert_stays_active_in_training_only(make_model, capt
     assert torch.equal(model.text_encoder(*captions).high, model.text_encoder(*captions).high)
 
 
-def test_batchnorm_of_a_frozen_backbone_stands_still_whatever_comes_first(make_model):
+def test_batchnorm_of_a_frozen_backbone_keeps_its_statistics(make_model):
     model = make_model(image_encoder="tf_efficientnet_lite0", image_encoder_args={})
     norms = [module for module in model.image_encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     model.train()

@@ -118,7 +118,7 @@ class WithoutAttention(RevisedAlignment):
     attention = FineAlignment.attention
 
 
-def test_a_form_without_attention_is_said_to_have_no_heatmaps():
+def test_a_form_without_attention_has_no_heatmaps():
     with pytest.raises(UserError, match="alignment=blind has no heatmaps: WithoutAttention defines no attention"):
         pair_attention(WithoutAttention(direction="t2i"), *random_pair())
 
@@ -129,7 +129,7 @@ def test_several_items_at_once_are_refused():
         pair_attention(make_hybrid(), EncodedImages(*(torch.cat([x, x]) for x in images)), texts)
 
 
-def test_rows_and_columns_of_the_grid_are_those_of_the_picture(make_model):
+def test_rows_and_columns_of_the_grid_are_those_of_the_image(make_model):
     """A patch at the upper right of a wide image changes the regions of the upper right most."""
     model = make_model()
     blank, patched = torch.zeros(2, 1, 3, 64, 96)
@@ -153,7 +153,7 @@ def test_an_upsampled_grid_keeps_its_orientation_and_its_range():
     assert spread[9, 59:61].mean() == pytest.approx(3.5)  # half way between the centres of columns 1 and 2
 
 
-def test_an_overlay_is_bright_where_the_map_is_high_and_the_picture_where_it_is_clear():
+def test_an_overlay_is_opaque_for_high_and_transparent_for_low_values():
     picture = np.full((40, 90, 3), 100, np.uint8)
     grid = np.zeros((ROWS, COLUMNS), np.float32)
     grid[1, 0] = 2.0
@@ -164,7 +164,7 @@ def test_an_overlay_is_bright_where_the_map_is_high_and_the_picture_where_it_is_
     assert len(np.unique(overlay(picture, np.ones_like(grid), 1.0, 1.0))) <= 3  # nothing to choose from: one colour
 
 
-def test_the_picture_below_is_the_one_that_the_model_sees():
+def test_the_image_of_an_explanation_is_preprocessed():
     generator = np.random.default_rng(0)
     picture = cv2.resize(generator.integers(0, 256, (9, 14, 3), dtype=np.uint8), (140, 90))
     seen = image_of_pixels(preprocess_image(picture, image_size=64))
@@ -183,7 +183,7 @@ def pieces():
     return BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}, do_lower_case=True)
 
 
-def test_pieces_are_merged_to_the_words_of_the_caption(pieces):
+def test_word_pieces_are_merged_to_words(pieces):
     assert words_of("A Snowboarder jumps, high", pieces, max_text_len=32) == [
         Word("[CLS]", (0,), special=True),
         Word("A", (1,)),
@@ -220,7 +220,7 @@ class CellColours:
 
 
 @pytest.mark.parametrize("alignment", [make_hybrid(), make_hybrid(direction="both"), RevisedAlignment(direction="t2i")])
-def test_a_word_lights_up_where_the_picture_shows_it(tokenizer, alignment):
+def test_the_map_of_a_word_is_high_at_its_region(tokenizer, alignment):
     """Red at the lower left, blue at the upper right of a image of 60 x 90 pixels."""
     picture = np.full((60, 90, 3), 128, np.uint8)
     picture[40:, :45] = (255, 0, 0)
@@ -228,7 +228,7 @@ def test_a_word_lights_up_where_the_picture_shows_it(tokenizer, alignment):
     found = explain(CellColours(tokenizer, alignment), picture, "a red cat on the blue grass")
     words = [word.text for word in found.words]
     assert "[CLS]" in words or isinstance(alignment, RevisedAlignment)
-    assert found.picture.shape == (48, 48, 3)
+    assert found.image.shape == (48, 48, 3)
     for stream in found.streams:
         rows, columns = stream.grids.shape[1:]
         assert (rows, columns) == ((6, 4) if stream.stream == "lrg_mid" else (3, 2))

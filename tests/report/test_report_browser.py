@@ -68,8 +68,8 @@ def test_clicks_and_keys_of_the_viewer(evaluated, tmp_path, width):  # noqa: F81
         image = browser.run(f"return {data}.pairs[{number}].image")
         found = explain(pretrained, tmp_path / NAMES[image], CAPTIONS[3])
         for drawn, stream in zip(canvases(browser), found.streams, strict=True):
-            expected = overlay(found.picture, stream.grids[2], *stream.range).astype(float)
-            other = overlay(found.picture, stream.grids[2].T, *stream.range).astype(float)
+            expected = overlay(found.image, stream.grids[2], *stream.range).astype(float)
+            other = overlay(found.image, stream.grids[2].T, *stream.range).astype(float)
             assert np.abs(drawn - expected).mean() < 8  # the image below went through a JPEG
             assert np.abs(drawn - expected).mean() < np.abs(drawn - other).mean()
 
@@ -79,7 +79,7 @@ def test_clicks_and_keys_of_the_viewer(evaluated, tmp_path, width):  # noqa: F81
         browser.wait("document.getElementById('opacity').value === '0'")
         wait_for_word(browser, 2)
         one, two, three = canvases(browser)
-        assert np.abs(one.astype(int) - found.picture).mean() < 12
+        assert np.abs(one.astype(int) - found.image).mean() < 12
         assert (one == two).all() and (one == three).all()
 
         # next and previous pair, round the ends; and by the list

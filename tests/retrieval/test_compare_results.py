@@ -80,7 +80,7 @@ def test_different_systems_are_compared_and_named(tmp_path, field):
     assert f"they differ in {field}: " in compare_results(one, other, resamples=10)
 
 
-def test_models_of_equal_weights_are_told_apart_by_their_settings(tmp_path):
+def test_the_architecture_hash_differs_for_other_settings(tmp_path):
     member = PROVENANCE["members"][0]
     one = load_result(save(tmp_path / "a", members=[member | {"text_levels": [-3, -1], "embed_dim": 8}]))
     other = load_result(save(tmp_path / "b", members=[member | {"text_levels": [-2, -1], "embed_dim": 8}]))

@@ -111,7 +111,7 @@ def write_annotations(tmp_path, entries):
     return path
 
 
-def test_ids_are_looked_up_by_picture_and_words(tmp_path):
+def test_ids_are_looked_up_by_image_and_words(tmp_path):
     path = write_annotations(tmp_path, [(70, 5, "A dog.\n"), (71, 9, "A dog."), (72, 5, "A  cat"), (73, 5, "A dog.")])
     pictures = ["x/COCO_val2014_000000000009.jpg", "x/COCO_val2014_000000000005.jpg"]
     images, captions = coco_ids(pictures, ["A dog.", "A cat", "A dog.", "A dog. "], torch.tensor([0, 1, 1, 1]), path)
@@ -160,7 +160,7 @@ def test_a_run_on_cocos_test_finds_the_ids_under_data_root(coco, make_settings, 
         ids(judged_matches=path, fold5=True)
 
 
-def test_why_judged_matches_are_left_out_is_said_and_a_path_has_to_fit(coco, make_settings, tmp_path, caplog):
+def test_missing_judged_matches_are_logged_and_a_wrong_path_is_an_error(coco, make_settings, tmp_path, caplog):
     settings = partial(make_settings, datasets="coco")
     assert pipeline._judged_ids(settings(data_root=str(tmp_path / "elsewhere")), coco) is None
     assert "not computed: there is no annotations/captions_val2014.json" in caplog.text

@@ -440,7 +440,7 @@ def test_scores_that_are_not_finite_name_the_form_and_the_stream(stream, coarse,
         run([member], split, Protocol(coarse=coarse))
 
 
-def test_two_evaluations_that_differ_in_a_hyperparameter_are_told_apart(tmp_path):
+def test_the_provenance_differs_for_another_hyperparameter(tmp_path):
     split, *_ = make_split([0, 0, 1, 2], images=3)
     for name, scale in (("one", 9.0), ("other", 4.0)):
         model = ToyModel(0)

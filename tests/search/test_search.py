@@ -111,7 +111,7 @@ def test_a_sentence_finds_what_brute_force_finds(index, pretrained):
             assert result.coarse == pytest.approx(float(coarse[paths.index(result.name)]), abs=1e-5)
 
 
-def test_a_picture_finds_texts_as_brute_force_does(index, pretrained, folder):
+def test_a_image_finds_texts_as_brute_force_does(index, pretrained, folder):
     texts = pretrained.encode_texts(TEXTS)
     texts = texts._replace(high=texts.high.half().float(), mid=texts.mid.half().float())
     fine = pretrained.score(pretrained.encode_images([folder / "1.png"]), texts)[0]
@@ -120,7 +120,7 @@ def test_a_picture_finds_texts_as_brute_force_does(index, pretrained, folder):
     torch.testing.assert_close(torch.tensor([r.fine for r in found]), fine.sort(descending=True).values)
 
 
-def test_a_picture_finds_itself_among_pictures(index, folder):
+def test_a_image_finds_itself_among_images(index, folder):
     best = index.search(image=folder / "deep" / "9.webp", find="pictures", top=4)
     assert best[0].name.endswith("9.webp") and best[0].coarse == pytest.approx(1, abs=1e-5) and best[0].fine is None
     assert [r.coarse for r in best] == sorted((r.coarse for r in best), reverse=True)
@@ -156,7 +156,7 @@ def test_the_local_store_keeps_a_write_ahead_log(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"text": " "}, {"text": "a dog", "image": "x.png"}])
-def test_a_query_is_a_sentence_or_a_picture(index, arguments):
+def test_a_query_is_a_sentence_or_a_image(index, arguments):
     with pytest.raises(UserError, match="either a sentence or an image"):
         index.search(**arguments)
 
@@ -294,7 +294,7 @@ def test_rows_grow_and_refuse_what_float16_cannot_hold(tmp_path):
         file.read([10])
 
 
-def test_pictures_are_found_at_any_depth(folder):
+def test_images_are_found_at_any_depth(folder):
     names = [str(path.relative_to(folder)) for path in images_below(folder)]
     assert names == sorted(names) and len(names) == 14
     assert "deep/er/4.jpg" in names and "notes.txt" not in names and ".hidden/secret.png" not in names

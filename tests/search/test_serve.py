@@ -96,7 +96,7 @@ def answered(address, path, **arguments):
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
-def test_sentences_and_pictures_are_answered_as_by_the_index(address, index, pictures):
+def test_sentences_and_images_are_answered_as_by_the_index(address, index, pictures):
     assert answered(address, "/api/about") == {"pictures": 5, "texts": 3}
     found = answered(address, "/api/search?text=a%20red%20cat&top=4")
     expected = index.search("a red cat", top=4)
@@ -110,7 +110,7 @@ def test_sentences_and_pictures_are_answered_as_by_the_index(address, index, pic
     assert found["results"][0]["name"] == "3 <b>.png" and found["results"][0]["fine"] is None
 
 
-def test_pictures_go_by_number_and_are_made_anew(address, index):
+def test_images_are_addressed_by_number_and_reencoded(address, index):
     for item in index.rows():
         status, headers, content = asked(address, f"/pictures/{item.row}")
         shown = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
@@ -169,7 +169,7 @@ def test_a_sentence_without_words_is_explained(address, index):
     assert status == 400 and b"no word" in content
 
 
-def test_the_script_listens_on_this_machine_alone_unless_told_otherwise(index, monkeypatch):
+def test_the_script_listens_on_localhost_by_default(index, monkeypatch):
     seen = []
     main = runpy.run_path(str(ROOT / "scripts" / "serve.py"))["main"]
     monkeypatch.setattr(Index, "open", lambda path, **keywords: contextlib.nullcontext(index))
