@@ -55,7 +55,7 @@ def test_it_writes_a_png_and_names_the_score(picture, checkpoint, tmp_path, caps
         ({"caption": " "}, "the caption is empty: give a sentence"),
         ({"--checkpoint": "missing.ckpt"}, "missing.ckpt"),
         ({"--alpha": "2"}, "--alpha 2: expected a number from 0 to 1"),
-        ({"--out": "out.doc"}, "out.doc names no image format: end it in .png"),
+        ({"--out": "out.doc"}, "out.doc has no known image suffix: use .png"),
     ],
 )
 def test_mistakes_are_one_line(picture, checkpoint, changes, expected, capsys):
