@@ -2,8 +2,11 @@
 
 import ast
 import pathlib
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 # From the bottom up; a module may import from its own level and the levels before it.
@@ -11,7 +14,6 @@ LEVELS = [
     [
         "hacan.errors",
         "hacan.public_config",
-        "hacan.errors",
         "hacan.sacred_setup",
         "hacan.lock",
         "hacan.types",
@@ -96,13 +98,14 @@ def test_the_alignment_stays_small_and_scoring_knows_no_form():
     assert {path.suffix for path in folder.iterdir() if path.is_file()} == {".py"}
 
 
-# Lines of code (without blank lines, comments and docstrings): the targets of the style guide, and what they are today.
+# Lines of code, without blank lines, comments and docstrings. The targets of the style guide are 520 for checkpoints,
+# 620 for models and 1,400 for retrieval.
 BUDGETS = {
     "hacan": 7000,
     "hacan/models": 680,
     "hacan/alignment": 500,
     "hacan/training": 520,
-    "hacan/checkpoints": 700,
+    "hacan/checkpoints": 710,
     "hacan/images": 120,
     "hacan/retrieval": 1570,
     "hacan/report": 700,
@@ -150,3 +153,19 @@ def test_tests_mirror_the_package():
 def test_benchmarks_are_in_their_folder():
     assert not list((ROOT / "scripts").glob("*bench*.py"))
     assert len(list((ROOT / "scripts" / "benchmarks").glob("*.py"))) >= 5
+
+
+def test_the_pinned_versions_are_within_the_ranges_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["onnx"],
+        *project["optional-dependencies"]["coco"],
+    ]
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(None, lines))}
+    for wanted in map(Requirement, ranges):
+        pin = pins.get(canonicalize_name(wanted.name))
+        assert pin is not None, f"{wanted.name} of pyproject.toml has no pin in requirements.txt"
+        (version,) = pin.specifier
+        assert version.operator == "==" and wanted.specifier.contains(version.version), (str(wanted), str(pin))

@@ -64,8 +64,12 @@ class Pretrained:
         max_text_len: int,
         device: torch.device | str = "cpu",
         description: Mapping[str, Any] | None = None,
+        source: Path | None = None,
     ) -> None:
-        """description: what `describe_model` returned for this model; `save_pretrained` needs it."""
+        """description: what `describe_model` returned for this model; `save_pretrained` needs it.
+
+        source: the checkpoint or folder of the model; its metrics.json is saved with the model and quoted in the card.
+        """
         self.model = model.eval().to(device)
         self.tokenizer = tokenizer
         self.image_size = image_size
@@ -73,6 +77,7 @@ class Pretrained:
         self.max_text_len = max_text_len
         self.device = torch.device(device)
         self.description = description
+        self.source = source
 
     # -- loading and saving -------------------------------------------------------------------------------------------
 
@@ -97,6 +102,7 @@ class Pretrained:
             max_text_len=settings["max_text_len"],
             device=device,
             description=checkpoint.description,
+            source=Path(path),
         )
 
     @classmethod
@@ -121,7 +127,7 @@ class Pretrained:
 
     def save_pretrained(self, folder: str | Path) -> list[Path]:
         """Write the model's folder, as scripts/export.py does; return its files. Files already there are replaced."""
-        return _write_folder(self, Path(folder), source="`save_pretrained`", metrics=None, onnx=False)
+        return _write_folder(self, Path(folder), source="`save_pretrained`", onnx=False)
 
     def push_to_hub(
         self,
@@ -205,20 +211,20 @@ def _check_sequence(items: Sequence, name: str, kinds: tuple[type, ...]) -> None
 def export(checkpoint: str | Path, folder: str | Path, *, onnx: bool = False, trust: bool = False) -> list[Path]:
     """Write a training's checkpoint as a folder for `hacan.load_pretrained`; return its files.
 
-    The card quotes the metrics.json beside the checkpoint or in the folder above it. onnx: also write both encoders.
+    The card quotes the metrics.json beside the checkpoint, in the folder above it, or in an exported folder. onnx: also
+    write both encoders.
     """
     checkpoint = Path(checkpoint)
     pretrained = Pretrained._of_checkpoint(open_checkpoint(checkpoint, trust=trust), path=checkpoint)
     source = f"{checkpoint.name}, SHA-256 `{file_hash(checkpoint)}`" if checkpoint.is_file() else checkpoint.name
-    return _write_folder(pretrained, Path(folder), source=source, metrics=_metrics_of(checkpoint), onnx=onnx)
+    return _write_folder(pretrained, Path(folder), source=source, onnx=onnx)
 
 
-def _write_folder(
-    pretrained: Pretrained, folder: Path, *, source: str, metrics: dict[str, Any] | None, onnx: bool
-) -> list[Path]:
+def _write_folder(pretrained: Pretrained, folder: Path, *, source: str, onnx: bool) -> list[Path]:
     """Write all files to a temporary folder, then move them: a failure leaves what was there."""
     if pretrained.description is None:
         raise ValueError("the model has no description; load it from a checkpoint or a folder, then save it")
+    metrics = _metrics_of(pretrained.source)
     partial = folder / f".partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -272,9 +278,11 @@ def _exported_config(description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _metrics_of(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the metrics.json in the checkpoint's folder or the folder above, or None."""
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
+def _metrics_of(source: Path | None) -> dict[str, Any] | None:
+    """Return the metrics.json of an exported folder, or in a checkpoint's folder or the folder above, or None."""
+    if source is None:
+        return None
+    for folder in (source,) if source.is_dir() else (source.parent, source.parent.parent):
         file = folder / METRICS_FILE
         if file.is_file():
             try:

@@ -424,6 +424,15 @@ def test_save_pretrained_writes_what_export_writes(trained, tmp_path):
     assert {path.name for path in again} == {path.name for path in written}
 
 
+def test_save_pretrained_keeps_the_results_of_an_exported_folder(trained, tmp_path):
+    model, path = trained
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics_of(model)))
+    export(path, tmp_path / "exported")
+    Pretrained.from_pretrained(tmp_path / "exported").save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "metrics.json").read_text()) == metrics_of(model)
+    assert "hash in the provenance record is that of these weights" in (tmp_path / "saved" / "README.md").read_text()
+
+
 def test_a_name_that_the_hub_does_not_have_is_one_line(tmp_path, no_network):
     no_network["hub"] = tmp_path
     with pytest.raises(UserError, match=r"user/nothing is neither a file nor a folder.*scripts/export.py") as error:
