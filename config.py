@@ -8,7 +8,7 @@ from inspect import Parameter, Signature
 
 from sacred import SETTINGS, Experiment
 
-from hacan.public_config import DATASET_OF_EXPERIMENT, PUBLIC_KEYS
+from hacan.public_config import DATASET_OF_EXPERIMENT, PUBLIC_KEYS, text_encoder_of
 from hacan.sacred_setup import git_commit_is_readable, read_plain_configs
 
 # Sacred's capture of standard output would record every redraw of a progress bar.
@@ -48,12 +48,15 @@ def config() -> None:
     data_root = ""
     datasets = DATASET_OF_EXPERIMENT.get(exp_name, "f30k")
     use_restval = True
+    captions_per_image = 0 if datasets in ("captions", "scenes") else 5  # the field's protocol
+    coco_val_images = 0
+    drop_last = True
     eval_split = "test"
     image_size = 224
     max_text_len = 32
     tokenizer = "bert-base-uncased"
     batch_size = 64
-    per_gpu_batchsize = 64
+    per_gpu_batchsize = min(64, batch_size)
     num_workers = 8
     on_bad_image = "error"
     scenes_pictures = [1000, 100, 200]
@@ -63,7 +66,7 @@ def config() -> None:
     image_weights = "pretrained"
     image_encoder_args = ""
     image_levels = [-2, -1]
-    text_encoder = "bert-base-uncased"
+    text_encoder = text_encoder_of(tokenizer)
     text_weights = "pretrained"
     text_encoder_args = ""
     text_levels = [-3, -1]
@@ -95,11 +98,13 @@ def config() -> None:
     num_nodes = 1
     gather_negatives = True
     deterministic = False
+    val_metric = "rsum"
 
     # evaluation
     inference_topk = 50
     coarse = "global"
     fold5 = False
+    eval_precision = "auto"
     score_memory = 256
     feature_memory = 8192
     feature_disk = 16384
@@ -122,13 +127,31 @@ def f8k_config() -> None:
 
 
 @ex.named_config
+def release_config() -> None:
+    # The first public code with its surroundings (METHOD sections 5, 6); on COCO: `with coco_config release_config`.
+    coarse = "release"
+    val_metric = "release"
+    eval_precision = "32-true"
+    freeze_backbone_epochs = 11
+    use_restval = False
+    coco_val_images = 1000
+    drop_last = False
+
+
+@ex.named_config
 def revised_config() -> None:
-    # The authors' later public code (METHOD sections 3, 4, 5, the revised column).
+    # The authors' later public code with its surroundings (METHOD sections 3, 4, 5, the revised column).
     alignment = "revised"
     loss = "GCD_revised"
     triplet_reduction = "mean"
     global_loss_weight = 1.0
     learning_rate = 1e-5
+    val_metric = "rsum_full"
+    eval_precision = "32-true"
+    freeze_backbone_epochs = 10
+    use_restval = False
+    coco_val_images = 1000
+    drop_last = False
 
 
 @ex.named_config

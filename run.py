@@ -8,7 +8,7 @@ Examples:
   python run.py keys                                                        all config keys: meaning, range, default
   python run.py print_config with coco_config                               the values of a named config
 
-Named configs: coco_config, f8k_config, revised_config, demo_config.
+Named configs: coco_config, f8k_config, release_config, revised_config, demo_config; several can be combined.
 
 """
 

@@ -71,7 +71,7 @@ def read_ids(path: Path) -> list[int]:
         ids = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(
-            f"the list of ids {path} not found; a dataset_coco.json in {path.parent.parent} will do as well"
+            f"the list of ids {path} not found; {_remedy(path)}a {COCO.json_name} in {path.parent.parent} also works"
         ) from error
     except Exception as error:  # numpy raises many types on damaged files
         raise UserError(f"{path} is not an array of ids (.npy): {' '.join(str(error).split())}") from error
@@ -79,6 +79,10 @@ def read_ids(path: Path) -> list[int]:
         kind = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
         raise UserError(f"{path} holds {kind}: expected a non-empty one-dimensional array of integers")
     return ids.tolist()
+
+
+def _remedy(path: Path) -> str:
+    return "use_restval=False trains without it; " if "restval" in path.name else ""
 
 
 def parse_annotations(content: Any, images_folder: Path, *, where: str) -> dict[int, Annotation]:

@@ -36,6 +36,7 @@ class PairDataModule(pl.LightningDataModule):
         num_workers: int,
         seed: int,
         on_bad_image: str = "error",
+        drop_last: bool = True,
         cropping: Cropping = PHOTOS,
         eval_batch_size: int | None = None,
         progress: bool = True,
@@ -44,6 +45,7 @@ class PairDataModule(pl.LightningDataModule):
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}; expected error or skip")
         self._records = list(records)
+        self._drop_last = drop_last
         self._tokenizer, self._max_text_len = tokenizer, max_text_len
         self._image_size, self._cropping = image_size, cropping
         self._batch_size, self._per_gpu_batchsize = batch_size, per_gpu_batchsize
@@ -84,6 +86,7 @@ class PairDataModule(pl.LightningDataModule):
             n_pairs=len(tokens),
             batch_size=self._batch_size,
             per_gpu_batchsize=self._per_gpu_batchsize,
+            drop_last=self._drop_last,
             seed=self._seed,
             rank=rank,
             world_size=world_size,
@@ -156,10 +159,18 @@ class PairDataModule(pl.LightningDataModule):
 def build_data(settings: Any, tokenizer: PreTrainedTokenizerBase) -> PairDataModule:
     """Return the data module of a run's `hacan.settings.Settings`."""
     data = settings.data
+    records = read_records(
+        data.datasets,
+        data.data_root,
+        use_restval=data.use_restval,
+        captions_per_image=data.captions_per_image,
+        scenes_pictures=data.scenes_pictures,
+    )
+    if data.datasets == "coco" and data.coco_val_images:
+        val = [record for record in records if record.split == "val"][: data.coco_val_images]
+        records = [record for record in records if record.split != "val"] + val
     return PairDataModule(
-        records=read_records(
-            data.datasets, data.data_root, use_restval=data.use_restval, scenes_pictures=data.scenes_pictures
-        ),
+        records=records,
         tokenizer=tokenizer,
         image_size=data.image_size,
         max_text_len=data.max_text_len,
@@ -168,5 +179,6 @@ def build_data(settings: Any, tokenizer: PreTrainedTokenizerBase) -> PairDataMod
         num_workers=data.num_workers,
         seed=settings.run.seed,
         on_bad_image=data.on_bad_image,
+        drop_last=data.drop_last,
         cropping=cropping_of(data.datasets),
     )

@@ -14,7 +14,7 @@ from datamodules.captions_file import read_captions_file
 from datamodules.files import missing_files
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, Layout, read_karpathy
 from datamodules.readers import read_records
-from datamodules.records import SPLITS, CaptionedImage
+from datamodules.records import CAPTIONS_PER_IMAGE, SPLITS, CaptionedImage
 from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
 from hacan.errors import UserError
 from hacan.images.io import read_image
@@ -54,6 +54,7 @@ class Findings:
     splits: dict[str, SplitFindings] = field(default_factory=dict)
     problem: str | None = None
     listed_twice: int = 0  # images that two records share
+    further_captions: int = 0  # beyond the first five of an image, which are not used by default
     decoded: bool = False
 
     @property
@@ -84,9 +85,11 @@ def inspect_data_set(
     for record in records:
         split = findings.splits[record.split]
         split.images += 1
-        split.captions += len(record.captions)
-        split.without_captions += not record.captions
-        split.empty_captions += sum(not caption.strip() for caption in record.captions)
+        captions = record.captions[: CAPTIONS_PER_IMAGE.get(name)]
+        findings.further_captions += len(record.captions) - len(captions)
+        split.captions += len(captions)
+        split.without_captions += not captions
+        split.empty_captions += sum(not caption.strip() for caption in captions)
         if record.path in missing:
             split.missing.append(record.path)
     findings.listed_twice = sum(count - 1 for count in Counter(record.path for record in records).values())
@@ -102,7 +105,7 @@ def _listed_records(name: str, data_root: Path, *, use_restval: bool) -> list[Ca
         return read_karpathy(data_root, SCENES, use_restval=False, check_files=False)
     if name == "captions":
         return read_captions_file(data_root, check_files=False)
-    return read_records(name, data_root, use_restval=use_restval, check_files=False)
+    return read_records(name, data_root, use_restval=use_restval, captions_per_image=0, check_files=False)
 
 
 def _undecodable(records: Sequence[CaptionedImage], *, progress: bool) -> Iterator[tuple[CaptionedImage, str]]:
@@ -142,6 +145,11 @@ def describe(findings: Findings, *, most: int = 10) -> str:
         problems += _some([f"bad: {reason}" for reason in split.unreadable], most)
     if findings.listed_twice:
         lines.append(f"  {findings.listed_twice} image(s) are listed more than once")
+    if findings.further_captions:
+        lines.append(
+            f"  {findings.further_captions} caption(s) beyond the first {CAPTIONS_PER_IMAGE[findings.name]} of an "
+            "image are not used (captions_per_image=0 uses all)"
+        )
     return "\n".join(lines + [f"  {problem}" for problem in problems])
 
 

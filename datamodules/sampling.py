@@ -15,8 +15,8 @@ class TrainingOrder:
     """Batches of (epoch, pair) of one process, starting at any batch of any epoch.
 
     An epoch is a shuffle of all pairs, cut into optimiser steps of `batch_size` pairs; the last, smaller one is dropped
-    unless it is the only one. A step is cut into chunks of `per_gpu_batchsize` pairs per process, and of each chunk
-    process r takes the r-th slice: the pairs of a step do not depend on the number of processes.
+    with `drop_last`, unless it is the only one. A step is cut into chunks of `per_gpu_batchsize` pairs per process, and
+    of each chunk process r takes the r-th slice: the pairs of a step do not depend on the number of processes.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class TrainingOrder:
         batch_size: int,
         per_gpu_batchsize: int,
         seed: int,
+        drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -42,7 +43,7 @@ class TrainingOrder:
         self._n_pairs, self._chunk, self._seed = n_pairs, chunk, seed
         self._rank, self._world_size = rank, world_size
         steps = n_pairs // batch_size
-        used = steps * batch_size if steps else n_pairs
+        used = steps * batch_size if steps and drop_last else n_pairs
         self._bounds = list(range(0, used, chunk))  # start of each chunk
         if used - self._bounds[-1] < world_size:  # a last chunk with fewer pairs than processes is dropped
             used = self._bounds.pop()

@@ -156,6 +156,7 @@ def info_nce(images: Tensor, texts: Tensor, *, temperature: float, image_ids: Te
 
 HARD_NEGATIVE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "GCD": global_contrastive_divergence,
+    "GCD_release": global_contrastive_divergence,
     "GCD_revised": global_contrastive_divergence_revised,
     "F_HN": full_hard_negative_loss,
     "M_HN": mutual_hard_negative_loss,
@@ -202,14 +203,15 @@ class HACANLoss(nn.Module):
     The triplet loss takes all negatives in the first `all_negatives_epochs` epochs, then the hardest. The global loss
     is `warmup_loss` in the first `warmup_epochs` epochs, then `loss`.
 
-    pairs_per_step: pairs of one optimiser step, over all processes and accumulated batches. Gradients of these are
-    averaged, so with `triplet_reduction="sum"` the mean over the pairs times `pairs_per_step` is the sum over the step.
+    batches_per_step: number of batches whose gradients are averaged in an optimiser step (accumulated ones, times the
+    processes that do not share negatives). With `triplet_reduction="sum"` the triplet loss of a batch is multiplied by
+    it, so that the average is the sum over the pairs of the step.
     """
 
-    def __init__(self, settings: LossSettings, *, pairs_per_step: int) -> None:
+    def __init__(self, settings: LossSettings, *, batches_per_step: int = 1) -> None:
         super().__init__()
         self.settings = settings
-        self.triplet_weight = pairs_per_step if settings.triplet_reduction == "sum" else 1
+        self.batches_per_step = batches_per_step
 
     def global_loss_name(self, epoch: int) -> str:
         """Return the name of the global loss of an epoch (from 0)."""
@@ -238,10 +240,11 @@ class HACANLoss(nn.Module):
             image_ids=image_ids,
             temperature=settings.infonce_temperature,
         )
-        total = self.triplet_weight * triplet + settings.global_loss_weight * on_globals
+        weight = self.batches_per_step * len(scores) if settings.triplet_reduction == "sum" else 1
+        total = weight * triplet + settings.global_loss_weight * on_globals
         terms = {
             "total": total.item(),
-            "triplet": self.triplet_weight * triplet.item(),
+            "triplet": weight * triplet.item(),
             f"global_{name}": on_globals.item(),
             "hinge_per_pair": triplet.item(),
             "active_hinges": share_of_active_hinges(scores, negatives, margin=settings.margin).item(),

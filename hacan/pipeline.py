@@ -33,7 +33,13 @@ from hacan.settings import Settings
 from hacan.training.callbacks import BEST, LAST, KeepCheckpoints
 from hacan.training.module import TrainingModule
 from hacan.training.resume import check_same_run, checkpoint_to_resume
-from hacan.training.trainer import build_trainer, effective_precision, launch_processes, use_deterministic_kernels
+from hacan.training.trainer import (
+    accumulated_batches,
+    build_trainer,
+    effective_precision,
+    launch_processes,
+    use_deterministic_kernels,
+)
 from hacan.types import Processes, Split
 
 log = logging.getLogger(__name__)
@@ -66,7 +72,7 @@ def train(
         loss=settings.loss,
         train=settings.train,
         seed=settings.run.seed,
-        pairs_per_step=settings.data.batch_size,
+        batches_per_step=_batches_per_step(settings),
         validate=partial(validate, settings=settings, data=data, run_folder=run_folder),
         describe=partial(describe_model, model, settings, tokenizer),
     )
@@ -90,14 +96,21 @@ def train(
 
 
 def validate(model: HACAN, *, settings: Settings, data: Any, run_folder: Path) -> dict[str, float]:
-    """Return the recalls of the validation split by hierarchical retrieval, in percent."""
+    """Return the recalls of the validation split in percent, and as `selection` the value of `val_metric`.
+
+    The recalls are those of hierarchical retrieval, or of the full fine ranking if `val_metric` needs it.
+    """
     processes = current_processes()
     # Several processes exchange features through a folder that is deleted afterwards.
     folder = Path(_from_first_process(str(run_folder / "features-validation"))) if processes.world_size > 1 else None
+    split = split_of(data, settings, "val", hashed=folder is not None)
+    protocol = Protocol(top_k=settings.eval.inference_topk, coarse=settings.eval.coarse)
+    if settings.train.val_metric != "rsum":  # a shortlist of the whole gallery, by the global embeddings
+        protocol = Protocol(top_k=max(len(split.ids), len(split.captions)))
     evaluation = evaluate(
         [_scorer(model, settings, name="validation", device=next(model.parameters()).device)],
-        split_of(data, settings, "val", hashed=folder is not None),
-        Protocol(top_k=settings.eval.inference_topk, coarse=settings.eval.coarse),
+        split,
+        protocol,
         storage=FeatureStorage(folder=folder, memory=settings.eval.feature_memory),
         processes=processes,
         progress=processes.rank == 0,
@@ -105,7 +118,12 @@ def validate(model: HACAN, *, settings: Settings, data: Any, run_folder: Path) -
     processes.barrier()
     if folder is not None and processes.rank == 0:
         shutil.rmtree(folder)
-    return {name: getattr(evaluation.hierarchical, name) for name in VALIDATION_METRICS}
+    metrics = {name: getattr(evaluation.hierarchical, name) for name in VALIDATION_METRICS}
+    if settings.train.val_metric == "release":  # METHOD section 5
+        selection = sum(ranking.r1_i2t + ranking.r1_t2i for ranking in (evaluation.hierarchical, evaluation.coarse))
+    else:
+        selection = metrics["rsum"]
+    return {**metrics, "selection": selection}
 
 
 def test(
@@ -212,12 +230,19 @@ def _judged_ids(settings: Settings, data: Any) -> tuple[list[int], list[int]] | 
         return None
 
 
+def _batches_per_step(settings: Settings) -> int:
+    """Return the number of batches whose gradients are averaged in an optimiser step, each with its own negatives."""
+    apart = 1 if settings.train.gather_negatives else settings.train.num_gpus * settings.train.num_nodes
+    return accumulated_batches(settings) * apart
+
+
 def _scorer(model: HACAN, settings: Settings, *, name: str, device: torch.device) -> Scorer:
+    precision = settings.train.precision if settings.eval.eval_precision == "auto" else settings.eval.eval_precision
     return build_scorer(
         model,
         name=name,
         device=device,
-        precision=effective_precision(settings.train, on_gpu=device.type == "cuda"),
+        precision=effective_precision(precision, on_gpu=device.type == "cuda"),
         architecture_hash=architecture_hash(model),
         settings=model_summary(model) | {key: getattr(settings.data, key) for key in MODEL_DATA_KEYS},
     )

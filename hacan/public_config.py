@@ -4,6 +4,7 @@ Standard library only: `hacan/settings.py` calls `translate` before it validates
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hacan.errors import UserError
@@ -47,6 +48,15 @@ PUBLIC_KEYS = (*WITHOUT_EFFECT, *REPLACED, "loss_names", "val_check_interval")
 
 # `exp_name` selects the data set in the public codes.
 DATASET_OF_EXPERIMENT = {"finetune_irtr_f30k": "f30k", "finetune_irtr_coco": "coco"}
+
+
+def text_encoder_of(tokenizer: str) -> str:
+    """Return the default text encoder: BERT, or the folder `tokenizer` if it contains an encoder's config too.
+
+    The public codes load BERT's weights from the tokenizer's folder.
+    """
+    folder = Path(tokenizer).expanduser()
+    return tokenizer if (folder / "config.json").is_file() else "bert-base-uncased"
 
 
 def ignored_keys(config: Mapping[str, Any]) -> list[str]:

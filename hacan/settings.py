@@ -17,8 +17,9 @@ from hacan.errors import UserError
 from hacan.public_config import translate
 
 DATASETS = ("f30k", "f8k", "coco", "captions", "scenes")
-LOSSES = ("GCD", "GCD_revised", "F_HN", "M_HN", "InfoNCE")
+LOSSES = ("GCD", "GCD_release", "GCD_revised", "F_HN", "M_HN", "InfoNCE")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+VAL_METRICS = ("rsum", "rsum_full", "release")
 
 
 def _key(
@@ -61,6 +62,11 @@ class DataSettings:
     data_root: str = _key("folder that holds the data set's folder")
     datasets: str = _key("data set", choices=DATASETS)
     use_restval: bool = _key("COCO: train on the restval images too")
+    captions_per_image: int = _key(
+        "number of captions of an image that are used, the first ones; 0: all", low=0, before=0
+    )
+    coco_val_images: int = _key("COCO: images of the val split that are used, from the first; 0: all", low=0, before=0)
+    drop_last: bool = _key("leave out the last batch of an epoch if it is smaller than batch_size", before=True)
     eval_split: str = _key("split that is evaluated at the end", choices=("train", "val", "test"))
     image_size: int = _key("side of the image encoder's square input, in pixels", low=32, high=2048)
     max_text_len: int = _key("largest number of tokens per caption, including [CLS] and [SEP]", low=3, high=512)
@@ -98,7 +104,7 @@ class ModelSettings:
 class LossSettings:
     """losses, their weights and schedule"""
 
-    loss: str = _key("loss on the global embeddings", choices=LOSSES)
+    loss: str = _key("loss on the global embeddings; GCD_release is GCD", choices=LOSSES)
     margin: float = _key("margin of every hinge", low=0)
     triplet_reduction: str = _key("triplet loss over the batch", choices=("sum", "mean"))
     global_loss_weight: float = _key("weight of the global loss; the triplet loss has weight 1", low=0)
@@ -124,6 +130,12 @@ class TrainSettings:
     num_nodes: int = _key("machines", low=1)
     gather_negatives: bool = _key("with several processes, take negatives from the batches of all")
     deterministic: bool = _key("only deterministic kernels, on a GPU too (slower)")
+    val_metric: str = _key(
+        "validation metric that selects best.ckpt. rsum: Rsum of hierarchical retrieval; rsum_full: Rsum of the full "
+        "fine ranking; release: R@1 of the full fine ranking plus R@1 of the global ranking, both directions",
+        choices=VAL_METRICS,
+        before="rsum",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +145,9 @@ class EvalSettings:
     inference_topk: int = _key("length K of the shortlist that the fine stage re-ranks", low=1)
     coarse: str = _key("score of the coarse stage", choices=("global", "release"))
     fold5: bool = _key("COCO 1K: the mean over five folds of the test split, each ranked on its own")
+    eval_precision: str = _key(
+        "arithmetic of the encoders in validation and evaluation; auto: as in training", choices=("auto", *PRECISIONS)
+    )
     score_memory: int = _key("memory of fine scoring, in MiB", low=1)
     feature_memory: int = _key("memory for the features of a split, in MiB; the rest is memory-mapped", low=1)
     feature_disk: int = _key(
@@ -226,7 +241,7 @@ def _plain(key: str, value: Any) -> Any:
         if inner.startswith("[") and inner.endswith("]"):
             return tuple(path.strip().strip("'\"") for path in inner[1:-1].split(",") if path.strip())
         return (value,) if value else ()
-    if key == "precision" and value in (16, "16", 32, "32", "bf16"):  # Lightning's older names
+    if key in ("precision", "eval_precision") and value in (16, "16", 32, "32", "bf16"):  # Lightning's older names
         return {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[str(value)]
     return value
 
@@ -267,6 +282,17 @@ def _check_together(settings: Settings) -> None:
     """Raise `UserError` if a rule between keys is broken."""
     run, data, model = settings.run, settings.data, settings.model
     processes = settings.train.num_gpus * settings.train.num_nodes
+    if data.per_gpu_batchsize > data.batch_size:
+        raise UserError(
+            f"per_gpu_batchsize={data.per_gpu_batchsize} is larger than batch_size={data.batch_size}, the pairs "
+            f"of an optimiser step: give batch_size={data.per_gpu_batchsize * processes} too (the public code reads "
+            "per_gpu_batchsize only), or a smaller per_gpu_batchsize"
+        )
+    if model.alignment == "revised" and settings.loss.loss == "GCD" and not run.test_only:
+        raise UserError(
+            "loss='GCD' with alignment='revised': the revised public code calls GCD what is GCD_revised here; give "
+            "loss=GCD_revised for that loss, or loss=GCD_release for the GCD of the first release"
+        )
     together = min(data.per_gpu_batchsize * processes, data.batch_size)  # pairs per forward pass, over all processes
     if data.batch_size % processes:
         raise UserError(
@@ -294,6 +320,13 @@ def _check_together(settings: Settings) -> None:
         raise UserError(f"fold5=True is the five-fold 1K protocol of COCO, not of datasets={data.datasets!r}")
     if not data.data_root:
         raise UserError("data_root is empty: give the folder that holds your data set, data_root=PATH")
+
+
+def values_before() -> dict[str, Any]:
+    """Return the values of later keys for configs that were stored before the keys existed."""
+    groups: Any = [field.type for field in dataclasses.fields(Settings)]
+    fields = [field for group in groups for field in dataclasses.fields(group)]
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def describe() -> dict[str, dict[str, Mapping[str, Any]]]:

@@ -250,6 +250,7 @@ def loop_triplet_all(scores, image_ids, margin):
 
 def loop_global_loss(name, images, texts, text_of_image, image_of_text, margin):
     """GCD, GCD_revised, F_HN, M_HN of lists of vectors."""
+    name = name.removesuffix("_release")
 
     def s(a, b):
         return sum(x * y for x, y in zip(a, b, strict=True))

@@ -1,5 +1,6 @@
 """What a run does with its parts: the tests of training are in test_resume.py; here validation and evaluation."""
 
+import dataclasses
 import json
 import os
 
@@ -13,6 +14,7 @@ from datamodules.tokens import load_tokenizer
 from hacan import pipeline
 from hacan.checkpoints.loading import open_models
 from hacan.retrieval.ranking import rank_shortlists
+from hacan.settings import VAL_METRICS
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,14 @@ def test_the_hash_of_a_split_depends_on_images_and_cropping(demo):
     assert len(hashes) == 2 and all(name.endswith(" 32 False") for name in hashes)  # size; squeezed, not cropped
 
 
-def test_validation_has_the_figures_of_brute_force(demo, tmp_path):
+@pytest.mark.parametrize("val_metric", VAL_METRICS)
+def test_validation_has_the_figures_of_brute_force(demo, tmp_path, val_metric):
     settings, model, _, data = demo
+    settings = dataclasses.replace(
+        settings,
+        train=dataclasses.replace(settings.train, val_metric=val_metric),
+        eval=dataclasses.replace(settings.eval, inference_topk=2),
+    )
     figures = pipeline.validate(model, settings=settings, data=data, run_folder=tmp_path)
     split = pipeline.split_of(data, settings, "val", hashed=False)
     with torch.no_grad():
@@ -60,11 +68,16 @@ def test_validation_has_the_figures_of_brute_force(demo, tmp_path):
         for rows, token_ids, mask in split.text_batches():
             texts = model.encode_texts(token_ids, mask)
             fine[:, rows], coarse[:, rows] = model.score(images, texts), images.pooled @ texts.pooled.T
-    found = rank_shortlists(coarse, fine, split.image_of_text, top_k=settings.eval.inference_topk)
+    top_k = settings.eval.inference_topk if val_metric == "rsum" else 20
+    found = rank_shortlists(coarse, fine, split.image_of_text, top_k=top_k)
     for ranks, way in ((found.ranks_i2t, "i2t"), (found.ranks_t2i, "t2i")):
         for k in (1, 5, 10):
             assert figures[f"r{k}_{way}"] == pytest.approx(100 * (ranks < k).double().mean().item())
+    selection = figures.pop("selection")
     assert figures["rsum"] == pytest.approx(sum(value for name, value in figures.items() if name != "rsum"))
+    by_globals = rank_shortlists(coarse, coarse, split.image_of_text, top_k=20)
+    r1 = [100 * (ranks == 0).double().mean().item() for result in (found, by_globals) for ranks in result[:2]]
+    assert selection == pytest.approx(sum(r1) if val_metric == "release" else figures["rsum"])
     assert not model.training and not list(tmp_path.iterdir())
 
 

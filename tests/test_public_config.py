@@ -93,3 +93,78 @@ def test_an_explicit_data_set_wins_over_the_experiment_name():
 def test_translate_leaves_other_configs_unchanged():
     config = {"seed": 1, "checkpoint": "a.ckpt", "num_gpus": 2}
     assert translate(config) == config
+
+
+def test_the_batch_of_a_process_is_not_larger_than_the_step():
+    assert settings_as_typed("batch_size=32").data.per_gpu_batchsize == 32
+    assert settings_as_typed("batch_size=128").data.per_gpu_batchsize == 64
+    with pytest.raises(UserError, match=r"per_gpu_batchsize=128 is larger than batch_size=64.*give batch_size=256 too"):
+        settings_as_typed("per_gpu_batchsize=128", "num_gpus=2")
+
+
+def test_gcd_with_the_revised_alignment_asks_which_one():
+    for typed in (["revised_config", "loss=GCD"], ["alignment=revised"]):
+        with pytest.raises(UserError, match=r"GCD_revised.*GCD_release") as error:
+            settings_as_typed(*typed)
+        assert "\n" not in str(error.value)
+    assert settings_as_typed("revised_config").loss.loss == "GCD_revised"
+    assert settings_as_typed("alignment=revised", "loss=GCD_release").loss.loss == "GCD_release"
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.json", "config.json"]])
+def test_a_folder_given_as_tokenizer_is_also_the_text_encoder(tmp_path, files):
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    expected = str(tmp_path) if "config.json" in files else "bert-base-uncased"
+    assert settings_as_typed(f"tokenizer={tmp_path}").model.text_encoder == expected
+    assert settings_as_typed(f"tokenizer={tmp_path}", "text_encoder=other").model.text_encoder == "other"
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (
+            "release_config",
+            {
+                "alignment": "hybrid",
+                "loss": "GCD",
+                "triplet_reduction": "sum",
+                "global_loss_weight": 10.0,
+                "learning_rate": 1e-4,
+                "coarse": "release",
+                "val_metric": "release",
+                "freeze_backbone_epochs": 11,
+            },
+        ),
+        (
+            "revised_config",
+            {
+                "alignment": "revised",
+                "loss": "GCD_revised",
+                "triplet_reduction": "mean",
+                "global_loss_weight": 1.0,
+                "learning_rate": 1e-5,
+                "coarse": "global",
+                "val_metric": "rsum_full",
+                "freeze_backbone_epochs": 10,
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("coco", [False, True])
+def test_named_configs_of_the_public_codes(named, expected, coco):
+    """METHOD section 5; in both orders with coco_config."""
+    both = {"lr_decay": 0.1, "lr_decay_every": 10, "max_epoch": 30, "batch_size": 64, "eval_precision": "32-true"}
+    both |= {"use_restval": False, "coco_val_images": 1000, "drop_last": False, "captions_per_image": 5, "seed": 0}
+    both |= {"inference_topk": 50, "precision": "16-mixed", "margin": 0.2}
+    for typed in ([named, "coco_config"], ["coco_config", named]) if coco else ([named],):
+        flat = settings_as_typed(*typed).to_flat()
+        assert {key: flat[key] for key in (*expected, *both)} == expected | both
+        assert (flat["datasets"], flat["direction"]) == (("coco", "i2t") if coco else ("f30k", "t2i"))
+
+
+@pytest.mark.parametrize(
+    ("datasets", "captions"), [("f30k", 5), ("f8k", 5), ("coco", 5), ("captions", 0), ("scenes", 0)]
+)
+def test_captions_per_image_is_five_for_the_named_data_sets(datasets, captions):
+    assert settings_as_typed(f"datasets={datasets}").data.captions_per_image == captions

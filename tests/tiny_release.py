@@ -1,6 +1,8 @@
 """A checkpoint of the public release in miniature."""
 
+import pytorch_lightning.utilities.parsing as lightning_parsing
 import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from references import original_convnext, original_convnext_state
 from transformers import BertConfig, BertModel
 
@@ -8,6 +10,49 @@ DEPTHS, DIMS, WIDTH = [1, 2, 3, 1], [8, 12, 16, 24], 10
 BERT = {"vocab_size": 30, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 36}
 LEFTOVERS = ("fc1", "cross_modal_text_transform_1", "cross_modal_image_transform", "cross_modal_image_transform_1",
              "cross_modal_image_transform_2")  # fmt: skip
+
+
+# Keys of the config that the public codes store: the first release's, and those that only the revised code has.
+FIRST_CONFIG = {
+    "exp_name": "finetune_irtr_f30k",
+    "direction": "t2i",
+    "lambda_softmax": 9,
+    "focal_type": "prob",
+    "fold5": False,
+}
+REVISED_CONFIG = {"exp_name": "finetune_irtr_f30k", "direction": "t2i", "inference_topk": 50, "global_loss_weight": 1}
+
+
+class AttributeDict(dict):
+    """Pickled under the name of the class that Lightning 1.3 used for hyper-parameters."""
+
+
+def save_as_lightning_1_3(path, state, config, **more):
+    """Write a checkpoint as Lightning 1.3 did: callbacks keyed by class, hyper-parameters as an AttributeDict."""
+    AttributeDict.__module__, AttributeDict.__qualname__ = lightning_parsing.__name__, "AttributeDict"
+    present = getattr(lightning_parsing, "AttributeDict", None)
+    lightning_parsing.AttributeDict = AttributeDict  # pickle looks the name up
+    content = {
+        "epoch": 3,
+        "global_step": 1234,
+        "pytorch-lightning_version": "1.3.2",
+        "callbacks": {
+            ModelCheckpoint: {"best_model_score": torch.tensor(1.5), "dirpath": "/x"},
+            LearningRateMonitor: {},
+        },
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "hparams_name": "config",
+        "hyper_parameters": AttributeDict(config=config),
+        "state_dict": state,
+        **more,
+    }
+    try:
+        torch.save(content, path)
+    finally:
+        del lightning_parsing.AttributeDict
+        if present is not None:
+            lightning_parsing.AttributeDict = present
 
 
 class Release:

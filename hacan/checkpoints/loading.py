@@ -18,12 +18,12 @@ from hacan.checkpoints.checkpoint import (
     read_checkpoint,
     tokenizer_from_description,
 )
-from hacan.checkpoints.release import RELEASE_DEFAULTS, is_release, name_of_release, release_settings
+from hacan.checkpoints.release import RELEASE_DEFAULTS, is_release, name_of_release, public_form, release_settings
 from hacan.errors import UserError
 from hacan.models.factory import build_model, model_settings
 from hacan.models.hacan import HACAN
 from hacan.models.text_encoder import Vocabulary, bert_sizes, check_vocabulary, config_of_state
-from hacan.models.weights import load_exactly, tensors_of
+from hacan.models.weights import check_hub, load_exactly, tensors_of
 from hacan.settings import ModelSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def open_checkpoint(
         state = {name: tensors[key] for key, name in names.items() if name}
         stored = _stored_config(content)
         settings = release_settings(state, given=settings, written=stored)
+        _report_form(settings, stored, source=path)
         _warn_of_other_settings(settings, stored, source=path)
         text = {**bert_sizes(_text_tensors(state), source=path), **settings.text_encoder_args}
     elif all(any(key.startswith(module) for key in state) for module in ("image_encoder.", "text_encoder.")):
@@ -126,17 +127,26 @@ def open_models(
     A checkpoint of ours determines architecture, alignment, tokenizer, image_size and max_text_len, whatever the config
     says. The members of an ensemble must agree on the last three, because they get the same pixels and tokens.
     """
+
+    def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+        if name != "scenes":
+            check_hub(name)
+        return load_tokenizer(name)
+
     torch.manual_seed(settings.run.seed)  # of new weights: Sacred seeds torch only if it was imported before
     if not settings.run.checkpoint:
-        tokenizer = load_tokenizer(settings.data.tokenizer)
-        model = build_model(
-            settings.model,
+        new = settings.model
+        towers = ((new.image_encoder, new.image_weights), (new.text_encoder, new.text_weights))
+        check_hub(*(name for name, weights in towers if weights == "pretrained"))
+        tokenizer = tokenizer_of(settings.data.tokenizer)
+        built = build_model(
+            new,
             image_size=settings.data.image_size,
             score_memory=settings.eval.score_memory,
             tokenizer=tokenizer,
             trust=settings.run.trust_checkpoint,
         )
-        return [model], tokenizer, settings
+        return [built], tokenizer, settings
     opened = [
         open_checkpoint(
             path,
@@ -144,7 +154,7 @@ def open_models(
             settings=settings.model,
             image_size=settings.data.image_size,
             score_memory=settings.eval.score_memory,
-            load_tokenizer=partial(load_tokenizer, settings.data.tokenizer),
+            load_tokenizer=partial(tokenizer_of, settings.data.tokenizer),
         )
         for path in settings.run.checkpoint
     ]
@@ -152,7 +162,7 @@ def open_models(
     first = next((checkpoint for checkpoint in opened if checkpoint.description is not None), opened[0])
     settings = dataclasses.replace(settings, model=first.settings)
     if first.description is None:
-        tokenizer = load_tokenizer(settings.data.tokenizer)
+        tokenizer = tokenizer_of(settings.data.tokenizer)
         for path, model in zip(settings.run.checkpoint, models, strict=True):
             check_vocabulary(tokenizer, model.text_encoder.backbone, name=path)
         return models, tokenizer, settings
@@ -203,6 +213,22 @@ def _stored_config(content: Mapping[str, Any]) -> Mapping[str, Any]:
     stored = content.get("hyper_parameters")
     stored = stored.get("config", stored) if isinstance(stored, Mapping) else None
     return stored if isinstance(stored, Mapping) else {}
+
+
+def _report_form(settings: ModelSettings, stored: Mapping[str, Any], *, source: str | Path) -> None:
+    """Log which public code wrote a checkpoint, and warn if the file does not say it or another form is used."""
+    codes = {"hybrid": "the first public code", "revised": "the revised public code"}
+    form, used = public_form(stored), settings.alignment
+    if form is None:
+        log.warning(
+            "%s does not say which public code wrote it: scored with alignment=%s; give alignment=hybrid for the first "
+            "code, alignment=revised for the revised one",
+            source,
+            used,
+        )
+    elif form in codes:
+        level = logging.INFO if form == used else logging.WARNING
+        log.log(level, "%s was written by %s: scored with alignment=%s", source, codes[form], used)
 
 
 def _warn_of_other_settings(settings: ModelSettings, stored: Mapping[str, Any], *, source: str | Path) -> None:

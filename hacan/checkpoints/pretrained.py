@@ -33,6 +33,7 @@ from hacan.errors import UserError
 from hacan.images.io import read_image
 from hacan.images.preprocessing import preprocess_image, uses_centre_crop
 from hacan.models.hacan import HACAN
+from hacan.models.weights import check_hub
 from hacan.retrieval.provenance import hash_of_tensors
 from hacan.settings import ModelSettings
 from hacan.types import EncodedImages, EncodedTexts
@@ -115,6 +116,7 @@ class Pretrained:
         """
         if Path(name).exists():
             return cls.load(name, device=device)
+        check_hub(str(name))
         try:
             folder = snapshot_download(str(name), revision=revision, **download)
         except (OSError, HfHubHTTPError, HFValidationError) as error:

@@ -36,6 +36,19 @@ def is_release(state: Mapping[str, Tensor]) -> bool:
     return all(any(key.startswith(prefix) for key in state) for prefix in (RELEASE_TEXT, RELEASE_IMAGE))
 
 
+def public_form(written: Mapping[str, Any]) -> str | None:
+    """Return the alignment of the public code that stored the config `written`; None if there is no config.
+
+    The revised code has the keys inference_topk and global_loss_weight, which the first release does not have, and no
+    key `alignment`.
+    """
+    if not written:
+        return None
+    if "alignment" in written:
+        return str(written["alignment"])
+    return "revised" if {"inference_topk", "global_loss_weight"} <= written.keys() else "hybrid"
+
+
 def name_of_release(key: str) -> str | None:
     """Return our name of a tensor of the public release, or None if it is not used (ImageNet head, `fc1`, ...)."""
     if key.startswith(RELEASE_TEXT):
@@ -55,7 +68,8 @@ def release_settings(
 ) -> ModelSettings:
     """Return the settings of a public release's model: sizes from its tensors (in our names), the rest from `given`.
 
-    If `given` is None, the rest comes from the config `written` in the checkpoint, or is the release's default.
+    If `given` is None, the rest comes from the config `written` in the checkpoint, or is the release's default. A
+    checkpoint of the revised code has the revised alignment, unless `given` names another form than the default.
     """
     prefix = "image_encoder.backbone."
     sizes = convnext_sizes({key.removeprefix(prefix): value for key, value in state.items()})
@@ -68,6 +82,8 @@ def release_settings(
             allowed = FORMS if field.name == "alignment" else field.metadata["choices"]
             if not allowed or written[field.name] in allowed:
                 rest[field.name] = written[field.name]
+    if public_form(written) == "revised" and rest["alignment"] == RELEASE_DEFAULTS["alignment"]:
+        rest["alignment"] = "revised"
     width = state.get("project_image_high.weight")
     return ModelSettings(
         image_encoder="convnext_base",

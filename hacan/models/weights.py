@@ -1,11 +1,15 @@
 """Weights files: safe reading, and loading with errors that name the file, the keys and the shapes."""
 
 import json
+import logging
 import pickle
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants as hub
@@ -14,9 +18,22 @@ from torch import Tensor, nn
 
 from hacan.errors import UserError
 
+log = logging.getLogger(__name__)
+
 # Keys of the state dict inside checkpoints, in order of preference.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module", "model_ema", "net")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+# Classes that Lightning 1.3, which wrote the public checkpoints, pickles beside the tensors. They are read as inert
+# classes and as a dict, so that nothing of them runs.
+_LIGHTNING = "pytorch_lightning."
+LIGHTNING_GLOBALS: list[Any] = [
+    (type("ModelCheckpoint", (), {}), f"{_LIGHTNING}callbacks.model_checkpoint.ModelCheckpoint"),
+    (type("LearningRateMonitor", (), {}), f"{_LIGHTNING}callbacks.lr_monitor.LearningRateMonitor"),
+    (type("EarlyStopping", (), {}), f"{_LIGHTNING}callbacks.early_stopping.EarlyStopping"),
+    (dict, f"{_LIGHTNING}utilities.parsing.AttributeDict"),
+]
 
 
 class BrokenFileError(UserError):
@@ -26,8 +43,8 @@ class BrokenFileError(UserError):
 def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """Return the content of a .safetensors, .pth, .pt, .bin or .ckpt file.
 
-    Pickles are read with `weights_only=True`: tensors and plain values. With `trust` any pickle is read, which can run
-    code.
+    Pickles are read with `weights_only=True`: tensors, plain values and `LIGHTNING_GLOBALS`. With `trust` any pickle is
+    read, which can run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,7 +52,8 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=not trust)
+        with torch.serialization.safe_globals(LIGHTNING_GLOBALS):
+            content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         wanted = _wanted_code(error)
         if wanted is None:
@@ -108,6 +126,21 @@ def weights_at(key: str, path: str, *, trust: bool) -> dict[str, Tensor]:
     if not Path(path).exists():
         raise UserError(f"{key}={path}: there is no such file or folder; give a path, `pretrained` or `random`")
     return read_state(path, trust=trust)
+
+
+def check_hub(*names: str, timeout: float = 3.0) -> None:
+    """Switch huggingface_hub to its offline mode if one of the names is not local and the hub cannot be reached.
+
+    Otherwise it retries for about a minute before it reports a missing name. With a proxy nothing is checked.
+    """
+    if hub.HF_HUB_OFFLINE or getproxies() or all(Path(name).expanduser().exists() for name in names):
+        return
+    address = urlsplit(hub.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=timeout).close()
+    except OSError as error:
+        log.warning("%s cannot be reached (%s): only local files and the hub's cache are used", hub.ENDPOINT, error)
+        hub.HF_HUB_OFFLINE = True
 
 
 def no_hub_weights(kind: str, name: str, hub_id: str, error: Exception) -> str:

@@ -34,8 +34,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         atomic_save(checkpoint, Path(path))
 
 
-class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, whose Rsum it needs
-    """Save last.ckpt after every epoch (its predecessor as previous.ckpt) and best.ckpt by validation Rsum.
+class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, whose metric it needs
+    """Save last.ckpt after every epoch (its predecessor as previous.ckpt) and best.ckpt by the validation metric.
 
     On SIGTERM (sent by SLURM before the time limit) it finishes the current optimiser step, saves last.ckpt and ends
     the training; `resume_from=last` continues with the next batch. `every_minutes` > 0 also saves last.ckpt within an
@@ -48,7 +48,7 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
     def __init__(self, folder: Path, *, every_minutes: float = 10.0) -> None:
         self.folder = folder
         self.every_minutes = every_minutes
-        self.best_rsum = float("-inf")
+        self.best_value = float("-inf")
         self.interrupted = False
         self._lock: FolderLock | None = None
         self._saved_at = time.monotonic()
@@ -60,12 +60,12 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
         return "KeepCheckpoints"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best Rsum so far."""
-        return {"best_rsum": self.best_rsum}
+        """Return the best value so far."""
+        return {"best_rsum": self.best_value}  # the key of older checkpoints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best Rsum so far."""
-        self.best_rsum = state_dict["best_rsum"]
+        """Restore the best value so far."""
+        self.best_value = state_dict["best_rsum"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lock the folder before training; raise `UserError` if it cannot be written or another run uses it.
@@ -123,12 +123,12 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
         self._stop_if_interrupted(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save last.ckpt, and best.ckpt if the validation Rsum is the best so far."""
+        """Save last.ckpt, and best.ckpt if the validation metric is the best so far."""
         if not epoch_is_complete(trainer):
             return  # cut short by a signal: last.ckpt has been saved
-        rsum = float(trainer.callback_metrics.get("val_rsum", float("-inf")))
-        better = rsum > self.best_rsum
-        self.best_rsum = max(rsum, self.best_rsum)
+        value = float(trainer.callback_metrics.get("val_selection", float("-inf")))
+        better = value > self.best_value
+        self.best_value = max(value, self.best_value)
         self._save(trainer, as_best=better)
         self._stop_if_interrupted(trainer)
 
@@ -149,7 +149,7 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
             )
         if trainer.is_global_zero and last.exists():
             _replace_by_copy(last, self.folder / PREVIOUS)
-        # best.ckpt comes first: the state in last.ckpt says that the best Rsum so far has been saved.
+        # best.ckpt comes first: the state in last.ckpt says that the best value so far has been saved.
         trainer.save_checkpoint(self.folder / BEST if as_best else last)
         if as_best and trainer.is_global_zero:
             _replace_by_copy(self.folder / BEST, last)

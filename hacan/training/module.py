@@ -32,8 +32,9 @@ UNREADABLE_BATCHES = 20  # consecutive batches without a readable image before t
 class TrainingModule(pl.LightningModule):
     """Losses, optimiser, freezing and logging for one HACAN.
 
-    validate(model) returns the metrics of the validation split, `rsum` among them; it is called after each epoch.
-    describe() returns what a checkpoint needs besides the weights. pairs_per_step: see `HACANLoss`.
+    validate(model) returns the metrics of the validation split, called after each epoch; `selection` (the value of
+    val_metric) and `rsum` are among them.
+    describe() returns what a checkpoint needs besides the weights. batches_per_step: see `HACANLoss`.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class TrainingModule(pl.LightningModule):
         loss: LossSettings,
         train: TrainSettings,
         seed: int,
-        pairs_per_step: int,
+        batches_per_step: int = 1,
         validate: Callable[[HACAN], dict[str, float]] | None = None,
         describe: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss = HACANLoss(loss, pairs_per_step=pairs_per_step)
+        self.loss = HACANLoss(loss, batches_per_step=batches_per_step)
         self.train_settings = train
         self.seed = seed
         self.validate = validate
@@ -187,6 +188,7 @@ class TrainingModule(pl.LightningModule):
         self.model.eval()
         metrics = self.validate(self.model)
         self.model.train()
+        self.log("val_selection", metrics.pop("selection"), logger=False, rank_zero_only=True)
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
         self.log("val_rsum", metrics["rsum"], prog_bar=True, logger=False, rank_zero_only=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hacan.errors import UserError
-from hacan.settings import ModelSettings, Settings
+from hacan.settings import ModelSettings, Settings, values_before
 from hacan.training.callbacks import LAST
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,17 @@ MAY_CHANGE: tuple[str, ...] = (
 )
 MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
 MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "feature_disk", "bootstrap", "curve")
-MAY_CHANGE += ("judged_matches",)
+MAY_CHANGE += ("judged_matches", "eval_precision")
 # Settings that determine which pairs a batch holds; they must not change.
-BATCHES = ("datasets", "use_restval", "batch_size", "per_gpu_batchsize", "num_gpus", "num_nodes", "image_size")
+BATCHES: tuple[str, ...] = (
+    "datasets",
+    "use_restval",
+    "captions_per_image",
+    "drop_last",
+    "batch_size",
+    "per_gpu_batchsize",
+)
+BATCHES += ("num_gpus", "num_nodes", "image_size")
 
 
 def check_same_run(settings: Settings, stored: Mapping[str, Any], *, source: Path) -> None:
@@ -36,6 +44,7 @@ def check_same_run(settings: Settings, stored: Mapping[str, Any], *, source: Pat
     Raise `UserError` if the model or the batches differ; warn of other differences, except `MAY_CHANGE`.
     """
     now = json.loads(json.dumps(settings.to_flat()))
+    stored = {**values_before(), **stored}
     changed = {key: value for key, value in stored.items() if now.get(key) != value and key not in MAY_CHANGE}
     model = {field.name for field in dataclasses.fields(ModelSettings)} - {"image_weights", "text_weights"}
     for key in changed:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Path) -> pl.Trainer:
     """Return a Trainer that logs to `run_folder` (TensorBoard and CSV) and saves to `checkpoint_folder`."""
-    data, train = settings.data, settings.train
+    train = settings.train
     on_gpu = _use_gpus(train)
     processes = train.num_gpus * train.num_nodes
     hide_framework_messages()
@@ -32,9 +32,9 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
         devices=train.num_gpus,
         num_nodes=train.num_nodes,
         strategy=strategy if processes > 1 else "auto",
-        precision=effective_precision(train, on_gpu=on_gpu),  # type: ignore[arg-type]  # a str, not Literal
+        precision=effective_precision(train.precision, on_gpu=on_gpu),  # type: ignore[arg-type]  # a str, not Literal
         max_epochs=train.max_epoch,
-        accumulate_grad_batches=data.batch_size // min(data.per_gpu_batchsize * processes, data.batch_size),
+        accumulate_grad_batches=accumulated_batches(settings),
         use_distributed_sampler=False,  # TrainingOrder shards each batch and restores its position
         deterministic=True if train.deterministic else None,
         logger=[
@@ -48,6 +48,12 @@ def build_trainer(settings: Settings, *, run_folder: Path, checkpoint_folder: Pa
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+
+
+def accumulated_batches(settings: Settings) -> int:
+    """Return the number of batches whose gradients accumulate in an optimiser step."""
+    data, processes = settings.data, settings.train.num_gpus * settings.train.num_nodes
+    return data.batch_size // min(data.per_gpu_batchsize * processes, data.batch_size)
 
 
 def launch_processes(train: TrainSettings) -> None:
@@ -75,9 +81,9 @@ def _use_gpus(train: TrainSettings) -> bool:
     return found > 0
 
 
-def effective_precision(train: TrainSettings, *, on_gpu: bool) -> str:
+def effective_precision(precision: str, *, on_gpu: bool) -> str:
     """Return the configured precision, or float32 on a CPU, where 16-bit arithmetic is emulated and slower."""
-    if on_gpu or train.precision == "32-true":
-        return train.precision
-    log.warning("precision=%s needs a GPU; this run computes in 32-true on the CPU", train.precision)
+    if on_gpu or precision == "32-true":
+        return precision
+    log.warning("precision=%s needs a GPU; this run computes in 32-true on the CPU", precision)
     return "32-true"

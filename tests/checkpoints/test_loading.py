@@ -11,7 +11,16 @@ import pytest
 import torch
 from references import original_convnext_state
 from safetensors.torch import save_file
-from tiny_release import DEPTHS, DIMS, LEFTOVERS, WIDTH, Release
+from tiny_release import (
+    DEPTHS,
+    DIMS,
+    FIRST_CONFIG,
+    LEFTOVERS,
+    REVISED_CONFIG,
+    WIDTH,
+    Release,
+    save_as_lightning_1_3,
+)
 
 import hacan.checkpoints.checkpoint
 from hacan.checkpoints.checkpoint import (
@@ -80,7 +89,7 @@ def test_every_backbone_family_is_rebuilt(make_model, make_settings, tokenizer, 
         {"image_encoder": "tf_efficientnet_lite0", "image_encoder_args": {}},
         {"image_encoder": "vit_tiny_patch16_224", "image_encoder_args": {"depth": 2}},
         {"text_encoder": "distilbert", "text_encoder_args": {"dim": 24, "n_layers": 3, "n_heads": 2, "hidden_dim": 9}},
-        {"alignment": "revised", "direction": "i2t"},
+        {"alignment": "revised", "direction": "i2t", "loss": "GCD_revised"},
     ):
         model = make_model(**updates)
         twin = model_from_description(describe_model(model, make_settings(**updates), tokenizer)).eval()
@@ -226,6 +235,53 @@ def test_what_the_releases_tensors_do_not_tell(release, make_settings, caplog):
     assert model.text_encoder.levels == (2, 4)  # sizes and levels are the release's, not those of the settings
     assert "release.ckpt was written with direction='i2t', here 'both': the config of this run is used" in caplog.text
     assert caplog.text.count("was written with") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "used", "level", "message"),
+    [
+        (FIRST_CONFIG, {}, "hybrid", "INFO", "written by the first public code: scored with alignment=hybrid"),
+        (REVISED_CONFIG, {}, "revised", "INFO", "written by the revised public code: scored with alignment=revised"),
+        (FIRST_CONFIG, {"alignment": "revised", "loss": "GCD_revised"}, "revised", "WARNING", "the first public code"),
+        ({}, {}, "hybrid", "WARNING", "alignment=revised for the revised one"),
+        (
+            {},
+            {"alignment": "revised", "loss": "GCD_revised"},
+            "revised",
+            "WARNING",
+            "alignment=hybrid for the first code",
+        ),
+    ],
+)
+def test_a_checkpoint_of_lightning_1_3_opens_with_the_alignment_of_its_code(
+    release, tmp_path, make_settings, caplog, config, given, used, level, message
+):
+    theirs, _ = release
+    path = tmp_path / "genuine.ckpt"
+    save_as_lightning_1_3(path, theirs.state(), config)
+    caplog.set_level("INFO")
+    found = open_checkpoint(path, settings=make_settings(**given).model)
+    assert found.kind == "release" and found.settings.alignment == found.model.alignment.name == used
+    (record,) = [record for record in caplog.records if message in record.getMessage()]
+    assert record.levelname == level
+
+
+class CallsTouch:
+    """Its pickle runs a command when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_other_code_in_a_checkpoint_of_lightning_1_3_is_refused(release, tmp_path):
+    path = tmp_path / "genuine.ckpt"
+    save_as_lightning_1_3(path, release[0].state(), FIRST_CONFIG, native_amp=CallsTouch(tmp_path / "ran"))
+    with pytest.raises(UserError, match=r"genuine.ckpt is a pickle of more than tensors"):
+        open_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_release_that_lacks_tensors_names_them(release):

@@ -58,7 +58,8 @@ def test_a_complete_root(root, check_data, capsys):
     out = capsys.readouterr().out
     assert "f8k: complete" in out
     assert row(out, "train") == ["3", "3", "0", "-"]
-    assert row(out, "val") == ["2", "9", "0", "-"] and row(out, "test") == ["1", "6", "0", "-"]
+    assert "1 caption(s) beyond the first 5 of an image" in out and "captions_per_image=0" in out
+    assert row(out, "val") == ["2", "9", "0", "-"] and row(out, "test") == ["1", "5", "0", "-"]
     assert "1 images without a caption" in out and "1 empty captions" in out
     assert "published split has 6000" in out
 

@@ -140,3 +140,23 @@ def test_any_json_gives_annotations_or_one_line(content):
 
 YEARS_FOLDER = Path("/pictures")
 WHATEVER = CaptionedImage(YEARS_FOLDER, (), 0, "val")  # no annotations at all are no error here
+
+
+def test_without_the_restval_ids_the_error_names_the_setting(root):
+    (root / "coco" / "annotations" / "coco_restval_ids.npy").unlink()
+    assert "use_restval=False" in error_of(read_records, "coco", root)
+    assert len(read_records("coco", root, use_restval=False)) == 4
+    (root / "coco" / "annotations" / "coco_test_ids.npy").unlink()
+    assert "use_restval" not in error_of(read_records, "coco", root, use_restval=False)
+
+
+def test_the_first_five_captions_of_the_list_are_used(root):
+    annotations = root / "coco" / "annotations"
+    content = json.loads((annotations / "captions_val2014.json").read_text())
+    content["annotations"] += [{"id": 300 + i, "image_id": 21, "caption": f"w{i}"} for i in range(6)]
+    (annotations / "captions_val2014.json").write_text(json.dumps(content))
+    np.save(annotations / "coco_test_ids.npy", np.array([305, 201, 300, 301, 302, 303, 304]))
+    (record,) = [record for record in read_records("coco", root) if record.split == "test"]
+    assert record.captions == ("w5", "v1", "w0", "w1", "w2")
+    (record,) = [record for record in read_records("coco", root, captions_per_image=0) if record.split == "test"]
+    assert len(record.captions) == 7

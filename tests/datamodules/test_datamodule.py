@@ -97,6 +97,16 @@ def test_an_epoch_is_a_shuffle_without_its_uneven_step():
     assert len(set(pairs)) == 18 and pairs != sorted(pairs) and order().n_left_out == 5
 
 
+def test_the_uneven_step_is_kept_without_drop_last():
+    batches = pairs_of(order(drop_last=False))
+    assert [len(batch) for batch in batches] == [3] * 7 + [2] and sorted(flat(batches)) == list(range(23))
+    assert batches[:6] == pairs_of(order()) and order(drop_last=False).n_left_out == 0
+    shards = [pairs_of(order(drop_last=False, rank=rank, world_size=2)) for rank in range(2)]
+    assert [[len(batch) for batch in shard] for shard in shards] == [[3, 3, 3, 3], [3, 3, 3, 2]]
+    # with 3 processes, a chunk of 2 pairs cannot be shared
+    assert len(flat(pairs_of(order(drop_last=False, per_gpu_batchsize=1, world_size=3)))) == 7
+
+
 def test_epochs_differ_and_repeat_themselves():
     first, again, second, other_seed = order(), order(), order(), order(seed=2)
     second.set_epoch(1)

@@ -180,3 +180,17 @@ def test_coco_says_which_folders_it_looked_for(tmp_path):
     (tmp_path / "coco" / "dataset_coco.json").write_text('{"images": []}')
     message = error_of(read_karpathy, tmp_path, COCO, use_restval=True)
     assert str(tmp_path / "coco" / "images" / "train2014") in message and str(tmp_path / "coco" / "val2014") in message
+
+
+def test_the_first_five_captions_of_an_image_are_used(tmp_path):
+    (tmp_path / "f8k" / "images").mkdir(parents=True)
+    images = []
+    for number, count in enumerate((3, 4, 5, 6)):
+        (tmp_path / "f8k" / "images" / f"{number}.png").touch()
+        sentences = [{"raw": f"{number} {i}"} for i in range(count)]
+        images.append({"filename": f"{number}.png", "split": "train", "imgid": number, "sentences": sentences})
+    (tmp_path / "f8k" / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    for wanted, expected in ((None, [3, 4, 5, 5]), (0, [3, 4, 5, 6]), (2, [2, 2, 2, 2])):
+        records = read_records("f8k", tmp_path, captions_per_image=wanted)
+        assert [len(record.captions) for record in records] == expected
+        assert all(record.captions[i] == f"{record.image_id} {i}" for record in records for i in range(2))

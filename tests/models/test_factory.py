@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from hacan.errors import UserError
+from hacan.models import weights
 from hacan.models.factory import build_model
 
 DEPTHS, DIMS = [1, 1, 2, 1], [8, 12, 20, 28]
@@ -36,7 +37,7 @@ def test_settings_reach_the_modules(make_model):
     assert (model.alignment.direction, model.alignment.lambda_softmax) == ("i2t", 4.0)
     assert model.alignment.focal_type == "equal" and model.alignment.score_memory == 64
     assert isinstance(model.aggregate_text.activation, torch.nn.Tanh)
-    assert type(make_model(alignment="revised").alignment).__name__ == "RevisedAlignment"
+    assert type(make_model(alignment="revised", loss="GCD_revised").alignment).__name__ == "RevisedAlignment"
 
 
 def test_a_random_text_encoder_has_the_tokenizers_vocabulary(make_settings):
@@ -293,3 +294,30 @@ def test_without_weights_neither_hub_nor_files_are_needed(make_settings, nothing
     config = bert().config.to_dict()
     model = build_model(settings.model, image_size=64, score_memory=64, load_weights=False, text_config=config)
     assert model.text_encoder.backbone.config.hidden_size == 128
+
+
+@pytest.mark.parametrize(
+    ("reachable", "proxy", "offline"), [(False, {}, True), (True, {}, False), (False, {"https": "x"}, False)]
+)
+def test_the_hub_is_not_asked_without_a_network(monkeypatch, tmp_path, caplog, reachable, proxy, offline):
+    """huggingface_hub retries for about a minute otherwise."""
+
+    class Connection:
+        def close(self):
+            pass
+
+    def connect(address, timeout):
+        asked.append(address)
+        if not reachable:
+            raise OSError("Name or service not known")
+        return Connection()
+
+    asked = []
+    monkeypatch.setattr(weights.socket, "create_connection", connect)
+    monkeypatch.setattr(weights, "getproxies", lambda: proxy)
+    monkeypatch.setattr(weights.hub, "HF_HUB_OFFLINE", False)
+    weights.check_hub(str(tmp_path))
+    assert not asked
+    weights.check_hub(str(tmp_path), "bert-base-uncased")
+    assert offline == weights.hub.HF_HUB_OFFLINE and ("cannot be reached" in caplog.text) == offline
+    assert asked == ([] if proxy else [("huggingface.co", 443)])

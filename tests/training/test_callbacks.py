@@ -29,7 +29,7 @@ class Tiny(pl.LightningModule):
         return -self.weight.sum()
 
     def on_train_epoch_end(self):
-        self.log("val_rsum", self.rsums[self.current_epoch])
+        self.log("val_selection", self.rsums[self.current_epoch])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)

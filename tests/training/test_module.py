@@ -35,7 +35,7 @@ def make_training(make_settings, make_model):
             loss=settings.loss,
             train=settings.train,
             seed=0,
-            pairs_per_step=settings.data.batch_size,
+            batches_per_step=settings.data.batch_size // settings.data.per_gpu_batchsize,
         )
 
     return make
@@ -80,7 +80,7 @@ def test_the_mean_reduction_divides_by_the_pairs(make_training, batch):
 def test_the_sum_reduction_counts_the_pairs_of_the_optimiser_step(make_training, batch):
     """Accumulated gradients are averaged: half a step must weigh as the whole step's pairs."""
     _, _, _, whole = losses_in(make_training(), 0, batch)
-    _, _, _, half = losses_in(make_training(batch_size=10), 0, batch)
+    _, _, _, half = losses_in(make_training(batch_size=10, per_gpu_batchsize=5), 0, batch)
     assert half["triplet"] == pytest.approx(2 * whole["triplet"], rel=1e-5)
 
 
@@ -223,8 +223,8 @@ def test_a_varying_loss_is_not_a_collapse(make_training, caplog):
 
 def test_half_precision_falls_back_on_a_cpu(make_settings, caplog):
     train = make_settings(precision="16-mixed").train
-    assert effective_precision(train, on_gpu=True) == "16-mixed"
-    assert effective_precision(train, on_gpu=False) == "32-true"
+    assert effective_precision(train.precision, on_gpu=True) == "16-mixed"
+    assert effective_precision(train.precision, on_gpu=False) == "32-true"
     assert "16-mixed" in caplog.text
 
 
