@@ -105,7 +105,7 @@ BUDGETS = {
     "hacan/models": 680,
     "hacan/alignment": 500,
     "hacan/training": 520,
-    "hacan/checkpoints": 710,
+    "hacan/checkpoints": 735,
     "hacan/images": 120,
     "hacan/retrieval": 1570,
     "hacan/report": 700,
