@@ -52,6 +52,7 @@ def config() -> None:
     coco_val_images = 0
     drop_last = True
     eval_split = "test"
+    augmentation = True
     image_size = 224
     max_text_len = 32
     tokenizer = "bert-base-uncased"
@@ -76,6 +77,8 @@ def config() -> None:
     direction = "t2i"
     lambda_softmax = 9.0
     focal_type = "prob"
+    ksf = "focal"
+    streams = ["ksf", "lrg_high", "lrg_mid"]
 
     # loss
     loss = "GCD"
@@ -93,6 +96,8 @@ def config() -> None:
     lr_decay_every = 10
     lr_decay = 0.1
     freeze_backbone_epochs = 10
+    frozen_dropout = True
+    cache_features = False
     precision = "16-mixed"
     num_gpus = 1
     num_nodes = 1

@@ -21,7 +21,8 @@ class PairDataModule(pl.LightningDataModule):
     """Training batches of image-caption pairs and evaluation splits from any records.
 
     `batch_size` counts the pairs of an optimiser step over all processes, `per_gpu_batchsize` those of one forward
-    pass of one process. `progress`: show bars while captions are tokenised.
+    pass of one process. `load_images=False`: the images of training batches have no pixels, for a training on stored
+    features. `progress`: show bars while captions are tokenised.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class PairDataModule(pl.LightningDataModule):
         seed: int,
         on_bad_image: str = "error",
         drop_last: bool = True,
+        augmentation: bool = True,
+        load_images: bool = True,
         cropping: Cropping = PHOTOS,
         eval_batch_size: int | None = None,
         progress: bool = True,
@@ -45,7 +48,9 @@ class PairDataModule(pl.LightningDataModule):
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}; expected error or skip")
         self._records = list(records)
-        self._drop_last = drop_last
+        self._drop_last, self._load_images = drop_last, load_images
+        transform = training_transform if augmentation else evaluation_transform
+        self._training_transform = transform(image_size, cropping)
         self._tokenizer, self._max_text_len = tokenizer, max_text_len
         self._image_size, self._cropping = image_size, cropping
         self._batch_size, self._per_gpu_batchsize = batch_size, per_gpu_batchsize
@@ -79,7 +84,7 @@ class PairDataModule(pl.LightningDataModule):
             image_ids=np.array(split.image_ids, dtype=np.int64),
             image_of_text=split.image_of_text.numpy(),
             tokens=tokens,
-            transform=training_transform(self._image_size, self._cropping),
+            transform=self._training_transform if self._load_images else None,
             seed=self._seed,
         )
         order = TrainingOrder(
@@ -180,5 +185,7 @@ def build_data(settings: Any, tokenizer: PreTrainedTokenizerBase) -> PairDataMod
         seed=settings.run.seed,
         on_bad_image=data.on_bad_image,
         drop_last=data.drop_last,
+        augmentation=data.augmentation,
+        load_images=not settings.train.cache_features,
         cropping=cropping_of(data.datasets),
     )

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingPairs(Dataset):
-    """One item per caption of the split; the key (epoch, pair) seeds its augmentation."""
+    """One item per caption of the split; the key (epoch, pair) seeds its augmentation. transform None: no pixels."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class TrainingPairs(Dataset):
         image_ids: np.ndarray,
         image_of_text: np.ndarray,
         tokens: TokenTable,
-        transform: Transform,
+        transform: Transform | None,
         seed: int,
     ) -> None:
         # arrays instead of lists: worker processes share their memory pages
@@ -45,6 +45,10 @@ class TrainingPairs(Dataset):
         epoch, caption = key
         image = int(self._image_of_text[caption])
         path = str(self._paths[image])
+        if self._transform is None:
+            return Pair(
+                torch.zeros(3, 0, 0, dtype=torch.uint8), self._tokens[caption], int(self._image_ids[image]), caption
+            )
         try:
             image_array = read_image(path)
         except UserError as error:

@@ -201,7 +201,7 @@ class HACANLoss(nn.Module):
         total = triplet + global_loss_weight * global
 
     The triplet loss takes all negatives in the first `all_negatives_epochs` epochs, then the hardest. The global loss
-    is `warmup_loss` in the first `warmup_epochs` epochs, then `loss`.
+    is `warmup_loss` in the first `warmup_epochs` epochs, then `loss`; "none" trains without it.
 
     batches_per_step: number of batches whose gradients are averaged in an optimiser step (accumulated ones, times the
     processes that do not share negatives). With `triplet_reduction="sum"` the triplet loss of a batch is multiplied by
@@ -231,15 +231,18 @@ class HACANLoss(nn.Module):
         else:
             triplet = triplet_ranking_loss(scores, negatives, margin=settings.margin, reduction="mean")
         name = self.global_loss_name(epoch)
-        on_globals = global_loss(
-            name,
-            images.float(),
-            texts.float(),
-            negatives,
-            margin=settings.margin,
-            image_ids=image_ids,
-            temperature=settings.infonce_temperature,
-        )
+        if name == "none":
+            on_globals = triplet.new_zeros(())
+        else:
+            on_globals = global_loss(
+                name,
+                images.float(),
+                texts.float(),
+                negatives,
+                margin=settings.margin,
+                image_ids=image_ids,
+                temperature=settings.infonce_temperature,
+            )
         weight = self.batches_per_step * len(scores) if settings.triplet_reduction == "sum" else 1
         total = weight * triplet + settings.global_loss_weight * on_globals
         terms = {

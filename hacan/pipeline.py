@@ -30,6 +30,7 @@ from hacan.retrieval.feature_cache import FeatureStorage
 from hacan.retrieval.provenance import architecture_hash, hash_of_files, model_summary
 from hacan.retrieval.results import Evaluation, Protocol, format_table
 from hacan.settings import Settings
+from hacan.training.backbone_features import BackboneFeatures, encode_backbones
 from hacan.training.callbacks import BEST, LAST, KeepCheckpoints
 from hacan.training.module import TrainingModule
 from hacan.training.resume import check_same_run, checkpoint_to_resume
@@ -75,6 +76,9 @@ def train(
         batches_per_step=_batches_per_step(settings),
         validate=partial(validate, settings=settings, data=data, run_folder=run_folder),
         describe=partial(describe_model, model, settings, tokenizer),
+        encode_backbones=partial(_train_features, settings=settings, data=data)
+        if settings.train.cache_features
+        else None,
     )
     trainer = build_trainer(settings, run_folder=run_folder, checkpoint_folder=Path(folder))
     model.train()  # a model read from a checkpoint is in evaluation mode
@@ -228,6 +232,20 @@ def _judged_ids(settings: Settings, data: Any) -> tuple[list[int], list[int]] | 
             raise UserError(f"judged_matches={wanted}: {error}") from error
         log.warning("ECCV Caption and CxC are not computed: %s", error)
         return None
+
+
+def _train_features(model: HACAN, *, settings: Settings, data: Any) -> BackboneFeatures:
+    """Return the outputs of the backbones for the train split; all runs below log_dir share them."""
+    device = next(model.parameters()).device
+    return encode_backbones(
+        model,
+        split_of(data, settings, "train", hashed=True),
+        device=device,
+        precision=effective_precision(settings.train.precision, on_gpu=device.type == "cuda"),
+        folder=Path(settings.run.log_dir) / "backbone-features",
+        memory=settings.eval.feature_memory,
+        processes=current_processes(),
+    )
 
 
 def _batches_per_step(settings: Settings) -> int:

@@ -17,7 +17,8 @@ from hacan.errors import UserError
 from hacan.public_config import translate
 
 DATASETS = ("f30k", "f8k", "coco", "captions", "scenes")
-LOSSES = ("GCD", "GCD_release", "GCD_revised", "F_HN", "M_HN", "InfoNCE")
+LOSSES = ("GCD", "GCD_release", "GCD_revised", "F_HN", "M_HN", "InfoNCE", "none")
+STREAMS = ("ksf", "lrg_high", "lrg_mid")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 VAL_METRICS = ("rsum", "rsum_full", "release")
 
@@ -68,6 +69,7 @@ class DataSettings:
     coco_val_images: int = _key("COCO: images of the val split that are used, from the first; 0: all", low=0, before=0)
     drop_last: bool = _key("leave out the last batch of an epoch if it is smaller than batch_size", before=True)
     eval_split: str = _key("split that is evaluated at the end", choices=("train", "val", "test"))
+    augmentation: bool = _key("random crop and flip in training; False: the crop of the evaluation", before=True)
     image_size: int = _key("side of the image encoder's square input, in pixels", low=32, high=2048)
     max_text_len: int = _key("largest number of tokens per caption, including [CLS] and [SEP]", low=3, high=512)
     tokenizer: str = _key("hub name, folder or vocab.txt; `scenes`: the vocabulary of the embedded demo")
@@ -98,6 +100,16 @@ class ModelSettings:
     direction: str = _key("which side is the query", choices=("i2t", "t2i", "both"))
     lambda_softmax: float = _key("inverse temperature of the hybrid attention", low=0, above=True)
     focal_type: str = _key("rule of the hybrid Key Semantic Filter", choices=("prob", "equal"))
+    ksf: str = _key(
+        "hybrid Key Semantic Filter; plain: cross attention without the filter",
+        choices=("focal", "plain"),
+        before="focal",
+    )
+    streams: tuple[str, ...] = _key(
+        "terms of the fine similarity: ksf (V_h, T_h), lrg_high (V_h, T_m), lrg_mid (V_m, T_h); []: the cosine of the "
+        "global embeddings instead",
+        before=STREAMS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +137,12 @@ class TrainSettings:
     lr_decay_every: int = _key("epochs between two decays of the learning rate", low=1)
     lr_decay: float = _key("factor of each decay", low=0, high=1, above=True)
     freeze_backbone_epochs: int = _key("first epochs in which both backbones are frozen", low=0)
+    frozen_dropout: bool = _key("dropout of frozen backbones in training, as in the public codes", before=True)
+    cache_features: bool = _key(
+        "encode the train split once and train on stored outputs of the backbones; needs frozen backbones without "
+        "augmentation and dropout",
+        before=False,
+    )
     precision: str = _key("arithmetic of the encoders", choices=PRECISIONS)
     num_gpus: int = _key("devices per node (on a machine without GPUs: processes)", low=1)
     num_nodes: int = _key("machines", low=1)
@@ -236,7 +254,7 @@ def _plain(key: str, value: Any) -> Any:
                 f"datasets={list(value)!r}: expected one data set; to train on several, merge their captions"
             )
         return value[0]
-    if key == "checkpoint" and isinstance(value, str):  # without quotes inside, Sacred passes the list as a string
+    if key in ("checkpoint", "streams") and isinstance(value, str):  # Sacred passes a list without quotes as a string
         inner = value.strip()
         if inner.startswith("[") and inner.endswith("]"):
             return tuple(path.strip().strip("'\"") for path in inner[1:-1].split(",") if path.strip())
@@ -308,6 +326,11 @@ def _check_together(settings: Settings) -> None:
     for key in ("image_levels", "text_levels"):
         if len(getattr(model, key)) != 2:
             raise UserError(f"{key}={list(getattr(model, key))!r}: expected two numbers, the mid and the high level")
+    if set(model.streams) - set(STREAMS) or len(set(model.streams)) < len(model.streams):
+        raise UserError(f"streams={list(model.streams)}: expected some of {', '.join(STREAMS)}, each once")
+    if settings.eval.coarse == "release" and set(model.streams) < set(STREAMS):
+        raise UserError(f"coarse=release needs all streams, found streams={list(model.streams)}; use coarse=global")
+    _check_cached_features(settings)
     if len(data.scenes_pictures) != 3 or min(data.scenes_pictures) < 1:
         raise UserError(f"scenes_pictures={list(data.scenes_pictures)!r}: expected three numbers from 1, one a split")
     if run.test_only and not run.checkpoint:
@@ -320,6 +343,26 @@ def _check_together(settings: Settings) -> None:
         raise UserError(f"fold5=True is the five-fold 1K protocol of COCO, not of datasets={data.datasets!r}")
     if not data.data_root:
         raise UserError("data_root is empty: give the folder that holds your data set, data_root=PATH")
+
+
+def _check_cached_features(settings: Settings) -> None:
+    """Raise `UserError` if stored features of the backbones would not be those of every epoch."""
+    train, data = settings.train, settings.data
+    if not train.cache_features:
+        return
+    epochs = train.freeze_backbone_epochs
+    for holds, reason, remedy in (
+        (
+            epochs >= train.max_epoch,
+            f"the backbones are trained after {epochs} epochs",
+            f"freeze_backbone_epochs={train.max_epoch}",
+        ),
+        (not data.augmentation, "every epoch has other crops and flips", "augmentation=False"),
+        (not train.frozen_dropout, "dropout of the frozen backbones changes their outputs", "frozen_dropout=False"),
+        (data.on_bad_image == "error", "every image is encoded in advance", "on_bad_image=error"),
+    ):
+        if not holds:
+            raise UserError(f"cache_features=True: {reason}, which stored features leave out; set {remedy}")
 
 
 def values_before() -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_test_only_of_the_public_release_lists_what_became_of_its_tensors(run, t
 @pytest.mark.parametrize(
     ("updates", "words"),
     [
-        ({"loss": "hinge"}, ["loss='hinge'", "GCD, GCD_release, GCD_revised, F_HN, M_HN, InfoNCE"]),
+        ({"loss": "hinge"}, ["loss='hinge'", "GCD, GCD_release, GCD_revised, F_HN, M_HN, InfoNCE, none"]),
         ({"lerning_rate": 1}, ["lerning_rate", "learning_rate"]),
         pytest.param({"max_epoch": "many"}, ["max_epoch='many'", "int"], marks=pytest.mark.slow),
         pytest.param({"test_only": True}, ["test_only=True", "checkpoint=PATH"], marks=pytest.mark.slow),

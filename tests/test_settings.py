@@ -93,8 +93,8 @@ def test_settings_are_frozen(defaults):
         ({"learning_rate": float("nan")}, "learning_rate=nan: expected a number in (0, "),
         ({"batch_size": 64.0}, "batch_size=64.0: expected a value of type int, found float"),
         ({"batch_size": True}, "batch_size=True: expected a value of type int, found bool"),
-        ({"loss": "gcd"}, "loss='gcd': expected one of GCD, GCD_release, GCD_revised, F_HN, M_HN, InfoNCE"),
-        ({"loss": 3}, "loss=3: expected one of GCD, GCD_release, GCD_revised, F_HN, M_HN, InfoNCE, found int"),
+        ({"loss": "gcd"}, "loss='gcd': expected one of GCD, GCD_release, GCD_revised, F_HN, M_HN, InfoNCE, none"),
+        ({"loss": 3}, "loss=3: expected one of GCD, GCD_release, GCD_revised, F_HN, M_HN, InfoNCE, none, found int"),
         ({"direction": "both ways"}, "direction='both ways': expected one of i2t, t2i, both"),
         ({"image_levels": [1]}, "image_levels=[1]: expected two numbers, the mid and the high level"),
         ({"image_levels": ["a", "b"]}, "image_levels=('a', 'b'): expected a list of int values"),
@@ -167,7 +167,7 @@ def test_the_help_of_run_has_examples():
 def test_choices_are_those_of_the_modules_that_use_them():
     choices = {key: rule["choices"] for keys in describe().values() for key, rule in keys.items()}
     for key in ("loss", "warmup_loss"):
-        assert set(choices[key]) == {*HARD_NEGATIVE_LOSSES, "InfoNCE"}, key
+        assert set(choices[key]) == {*HARD_NEGATIVE_LOSSES, "InfoNCE", "none"}, key
     assert set(choices["activation"]) == set(ACTIVATIONS)
     assert set(choices["direction"]) == set(DIRECTIONS)
     assert set(choices["focal_type"]) == set(FOCAL_TYPES)

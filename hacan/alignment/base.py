@@ -34,6 +34,7 @@ class FineAlignment(nn.Module):
         if score_memory <= 0:
             raise ValueError(f"score_memory={score_memory!r}: expected a number of MiB above 0")
         self.score_memory = score_memory
+        self.streams: tuple[str, ...] = STREAMS  # terms of the sum; none: the cosine of the global embeddings
 
     def key_semantic_filter(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """KSF of V_h and T_h: [*, N, R, d], [*, M, L, d], [*, M, L] -> [*, N, M]."""
@@ -58,14 +59,24 @@ class FineAlignment(nn.Module):
         return {key: getattr(self, key) for key in hyperparameters_of(type(self))}
 
     def forward(self, images: EncodedImages, texts: Texts, *, streams: tuple[str, ...] = STREAMS) -> Tensor:
-        """Return the fine similarity of all pairs, [N, M] in at least float32; 0 for a caption without tokens."""
-        return score_all_pairs(self, images, texts, streams)
+        """Return the fine similarity of all pairs, [N, M] in at least float32; 0 for a caption without tokens.
+
+        streams: terms of the sum to compute; those that `self.streams` does not have are left out.
+        """
+        if not self.streams:
+            return images.pooled.float() @ texts.pooled.float().T
+        return score_all_pairs(self, images, texts, self._used(streams))
 
     def pairs(
         self, images: EncodedImages, texts: Texts, pairs: Tensor, *, streams: tuple[str, ...] = STREAMS
     ) -> Tensor:
         """Return the fine similarity [P] of listed `pairs` [P, 2] int64 (image, text), in any order."""
-        return score_listed_pairs(self, images, texts, pairs, streams)
+        if not self.streams:
+            return (images.pooled[pairs[:, 0]].float() * texts.pooled[pairs[:, 1]].float()).sum(-1)
+        return score_listed_pairs(self, images, texts, pairs, self._used(streams))
+
+    def _used(self, streams: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(stream for stream in streams if stream in self.streams or stream not in STREAMS)
 
 
 def register(name: str) -> Callable[[type[FineAlignment]], type[FineAlignment]]:
@@ -106,8 +117,11 @@ def build_alignment(name: str, values: Mapping[str, Any], *, score_memory: float
     for key, default in hyperparameters_of(form).items():
         if key not in values and default is inspect.Parameter.empty:
             raise UserError(f"alignment={name} needs the config key {key}: add it to config.py and settings.py")
+    if values.get("ksf", "focal") != "focal" and "ksf" not in hyperparameters_of(form):
+        raise UserError(f"ksf={values['ksf']}: alignment={name} has only its own Key Semantic Filter; use ksf=focal")
     built = form(**{key: values[key] for key in hyperparameters_of(form) if key in values})
     built.score_memory = score_memory
+    built.streams = tuple(values.get("streams", STREAMS))
     if lost := [key for key in hyperparameters_of(form) if not hasattr(built, key)]:
         raise UserError(f"alignment={name}: {form.__name__} does not keep its argument {lost[0]} as self.{lost[0]}")
     return built

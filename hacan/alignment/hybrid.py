@@ -8,6 +8,7 @@ from hacan.alignment.base import DIRECTIONS, FineAlignment, all_dots, inverse_no
 from hacan.alignment.scoring import STREAMS
 
 FOCAL_TYPES = ("prob", "equal")
+KSF_KINDS = ("focal", "plain")
 
 
 @register("hybrid")
@@ -20,25 +21,36 @@ class HybridAlignment(FineAlignment):
         u_q  = sum_s w_qs s
         score(Q, S) = mean over q of cos(q, u_q)
 
-    LRG is this score. KSF is the same with focal weights, by `focal_type`. `direction`: "i2t" (regions are the
-    queries), "t2i" (tokens are), or "both", the mean of the two.
+    LRG is this score. KSF is the same with focal weights, by `focal_type`; with `ksf="plain"` (an ablation) it is the
+    same as LRG. `direction`: "i2t" (regions are the queries), "t2i" (tokens are), or "both", the mean of the two.
     """
 
     attention_units = dict.fromkeys(STREAMS, "times the uniform weight")
 
-    def __init__(self, *, direction: str, lambda_softmax: float, focal_type: str, score_memory: float = 256) -> None:
+    def __init__(
+        self,
+        *,
+        direction: str,
+        lambda_softmax: float,
+        focal_type: str,
+        ksf: str = "focal",
+        score_memory: float = 256,
+    ) -> None:
         super().__init__(score_memory=score_memory)
         if direction not in DIRECTIONS:
             raise ValueError(f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
         if focal_type not in FOCAL_TYPES:
             raise ValueError(f"focal_type={focal_type!r}: expected one of {', '.join(FOCAL_TYPES)}")
+        if ksf not in KSF_KINDS:
+            raise ValueError(f"ksf={ksf!r}: expected one of {', '.join(KSF_KINDS)}")
         if not lambda_softmax > 0:
             raise ValueError(f"lambda_softmax={lambda_softmax!r}: expected a number above 0")
         self.direction, self.lambda_softmax, self.focal_type = direction, lambda_softmax, focal_type
+        self.ksf = ksf
 
     def key_semantic_filter(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """KSF(V_h, T_h) = score(Q, S) with focal weights, [*, N, M]."""
-        return self._both_ways(regions, tokens, mask, True)
+        return self._both_ways(regions, tokens, mask, self.ksf == "focal")
 
     def local_relationship_guidance(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """LRG(V_h, T_m) and LRG(V_m, T_h) = score(Q, S), [*, N, M]."""
@@ -98,7 +110,7 @@ class HybridAlignment(FineAlignment):
 
     def attention(self, regions: Tensor, tokens: Tensor, mask: Tensor, stream: str) -> Tensor:
         """Return the weights times the number of sources (1: uniform), [*, N, M, L, R]; "both": as "t2i"."""
-        focal = stream == "ksf"
+        focal = stream == "ksf" and self.ksf == "focal"
         if self.direction == "i2t":  # sources are the tokens
             w = self.weights(all_dots(tokens, regions), mask, focal)  # [*, M, L, N, R]
             w = w.movedim(-2, -4) * mask.sum(-1)[..., None, :, None, None]

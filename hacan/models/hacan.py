@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from hacan.alignment import STREAMS, FineAlignment
+from hacan.alignment import FineAlignment
 from hacan.models.image_encoder import ImageEncoder
 from hacan.models.text_encoder import TextEncoder
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
@@ -41,6 +41,7 @@ class HACAN(nn.Module):
         self.aggregate_text = aggregate_text
         self.alignment = alignment
         self.frozen = False
+        self.frozen_dropout = True
 
     def encode_images(self, pixels: Tensor) -> EncodedImages:
         """Return the features of normalised pixels [N, 3, H, W]: regions [N, R, d] of both levels, global [N, d]."""
@@ -51,10 +52,14 @@ class HACAN(nn.Module):
             )
         with self._backbone_gradients():
             features = self.image_encoder(pixels)
+        return self.project_images(features.high, features.mid, features.pooled)
+
+    def project_images(self, high: Tensor, mid: Tensor, pooled: Tensor) -> EncodedImages:
+        """Return the features of N images from the outputs of the image backbone, [N, R, C] twice and [N, C]."""
         return EncodedImages(
-            high=self.project_image_high(features.high),
-            mid=self.project_image_mid(features.mid),
-            pooled=self.aggregate_image(features.pooled),
+            high=self.project_image_high(high),
+            mid=self.project_image_mid(mid),
+            pooled=self.aggregate_image(pooled),
         )
 
     def encode_texts(self, token_ids: Tensor, token_mask: Tensor) -> EncodedTexts:
@@ -69,11 +74,15 @@ class HACAN(nn.Module):
             )
         with self._backbone_gradients():
             features = self.text_encoder(token_ids, token_mask)
+        return self.project_texts(features.high, features.mid, token_mask, features.pooled)
+
+    def project_texts(self, high: Tensor, mid: Tensor, mask: Tensor, pooled: Tensor) -> EncodedTexts:
+        """Return the features of M texts from the outputs of the text backbone, [M, W, C] twice, [M, W] and [M, C]."""
         return EncodedTexts(
-            high=self.project_text_high(features.high),
-            mid=self.project_text_mid(features.mid),
-            mask=token_mask,
-            pooled=self.aggregate_text(features.pooled),
+            high=self.project_text_high(high),
+            mid=self.project_text_mid(mid),
+            mask=mask,
+            pooled=self.aggregate_text(pooled),
         )
 
     def score(self, images: EncodedImages, texts: EncodedTexts | PackedTexts) -> Tensor:
@@ -97,23 +106,23 @@ class HACAN(nn.Module):
             self.train(was_training)
         return features.mid_grid, features.high_grid
 
-    def freeze_backbones(self, frozen: bool) -> None:
+    def freeze_backbones(self, frozen: bool, *, dropout: bool = True) -> None:
         """Freeze or unfreeze both encoders (METHOD section 5).
 
-        Frozen encoders have no gradients and no graph, and BatchNorm keeps its running statistics. Dropout stays active
-        in training, as in the release.
+        Frozen encoders have no gradients and no graph, and BatchNorm keeps its running statistics. Dropout and
+        stochastic depth stay active in training with `dropout`, as in the release.
         """
-        self.frozen = frozen
+        self.frozen, self.frozen_dropout = frozen, dropout
         self.image_encoder.requires_grad_(not frozen)
         self.text_encoder.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode; BatchNorm of a frozen encoder stays in evaluation mode."""
+        """Set the training mode; a frozen encoder, or with dropout only its BatchNorm, stays in evaluation mode."""
         super().train(mode)
         if mode and self.frozen:
             for module in (*self.image_encoder.modules(), *self.text_encoder.modules()):
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) or not self.frozen_dropout:
                     module.eval()
         return self
 
@@ -128,7 +137,7 @@ def describe_non_finite(
 ) -> str:
     """Return which streams have fine scores that are not finite, and whether the features are finite."""
     streams = []
-    for stream in STREAMS:
+    for stream in alignment.streams:
         one = {"streams": (stream,)}
         scores = alignment(images, texts, **one) if pairs is None else alignment.pairs(images, texts, pairs, **one)
         streams += [] if scores.isfinite().all() else [stream]

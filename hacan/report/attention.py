@@ -26,6 +26,8 @@ def pair_attention(alignment: FineAlignment, images: EncodedImages, texts: Encod
     """
     if len(images.high) != 1 or len(texts.high) != 1:
         raise ValueError(f"{len(images.high)} images and {len(texts.high)} texts were given, expected one of each")
+    if not alignment.streams:
+        raise UserError("streams=[]: the score is the cosine of the global embeddings, which has no heatmaps")
     if not alignment.has_attention:
         raise UserError(
             f"alignment={alignment.name} has no heatmaps: {type(alignment).__name__} defines no attention(); "
@@ -35,7 +37,8 @@ def pair_attention(alignment: FineAlignment, images: EncodedImages, texts: Encod
         raise ValueError("the text has no tokens")
     found = {}
     with torch.autocast(images.high.device.type, enabled=False):
-        for stream, (of_image, of_text) in LEVELS.items():
+        for stream in alignment.streams:
+            of_image, of_text = LEVELS[stream]
             tokens = getattr(texts, of_text).masked_fill(~texts.mask[..., None], 0)
             dtype = torch.promote_types(tokens.dtype, torch.float32)
             regions = getattr(images, of_image).to(dtype)

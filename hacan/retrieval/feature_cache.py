@@ -45,10 +45,14 @@ Features = dict[str, Tensor]  # high, mid, pooled
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStorage:
-    """Where features are stored. folder: of the cache, or None; memory: MiB held in memory, the rest is mapped."""
+    """Where features are stored. folder: of the cache, or None; memory: MiB held in memory, the rest is mapped.
+
+    half: store regions and tokens in float16 if that is accurate, otherwise in float32.
+    """
 
     folder: Path | None = None
     memory: int = 8192
+    half: bool = True
 
 
 class _NeedsFloat32(Exception):
@@ -91,7 +95,7 @@ def encode_gallery(
         texts = scorer.encode_texts(token_ids, mask)
         return {"high": texts.high[texts.mask], "mid": texts.mid[texts.mask], "pooled": texts.pooled}
 
-    for dtype in (torch.float16, torch.float32):
+    for dtype in (torch.float16, torch.float32) if storage.half else (torch.float32,):
         key = cache_key(scorer, split, tokens_hash, dtype)
         encoder = _Encoder(dtype, key, storage, processes, progress)
         try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hacan.alignment import STREAMS
 from hacan.errors import UserError
 from hacan.models.hacan import HACAN
 
@@ -117,6 +118,7 @@ def model_summary(model: HACAN) -> dict[str, Any]:
         "embed_dim": model.project_image_high.out_features,
         "activation": repr(model.aggregate_image.activation),
         **model.alignment.hyperparameters,
+        **({} if model.alignment.streams == STREAMS else {"streams": list(model.alignment.streams)}),
     }
 
 

@@ -18,6 +18,7 @@ from hacan.errors import UserError
 from hacan.losses import HACANLoss
 from hacan.models.hacan import HACAN, describe_non_finite
 from hacan.settings import LossSettings, TrainSettings
+from hacan.training.backbone_features import BackboneFeatures
 from hacan.training.callbacks import epoch_is_complete
 from hacan.training.distributed import gather_counts, gather_rows, gather_texts
 from hacan.types import EncodedImages, EncodedTexts, PairBatch
@@ -35,6 +36,7 @@ class TrainingModule(pl.LightningModule):
     validate(model) returns the metrics of the validation split, called after each epoch; `selection` (the value of
     val_metric) and `rsum` are among them.
     describe() returns what a checkpoint needs besides the weights. batches_per_step: see `HACANLoss`.
+    encode_backbones(model) returns stored outputs of the backbones (cache_features), called before the first epoch.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TrainingModule(pl.LightningModule):
         batches_per_step: int = 1,
         validate: Callable[[HACAN], dict[str, float]] | None = None,
         describe: Callable[[], dict[str, Any]] | None = None,
+        encode_backbones: Callable[[HACAN], BackboneFeatures] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -55,6 +58,8 @@ class TrainingModule(pl.LightningModule):
         self.seed = seed
         self.validate = validate
         self.describe = describe
+        self.encode_backbones = encode_backbones
+        self._stored: BackboneFeatures | None = None
         self._collapsed_steps = 0
         self._unreadable_batches = 0
 
@@ -69,6 +74,11 @@ class TrainingModule(pl.LightningModule):
         train = self.train_settings
         return train.learning_rate * train.lr_decay ** (epoch // train.lr_decay_every)
 
+    def on_fit_start(self) -> None:
+        """Encode the train split with the backbones, if their outputs are stored."""
+        if self.encode_backbones is not None:
+            self._stored = self.encode_backbones(self.model)
+
     def on_train_start(self) -> None:
         """Set the state of the epoch; a run that resumes within an epoch gets no `on_train_epoch_start`."""
         self._start_epoch()
@@ -80,7 +90,8 @@ class TrainingModule(pl.LightningModule):
     def _start_epoch(self) -> None:
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.learning_rate_at(self.current_epoch)
-        self.model.freeze_backbones(self.current_epoch < self.train_settings.freeze_backbone_epochs)
+        train = self.train_settings
+        self.model.freeze_backbones(self.current_epoch < train.freeze_backbone_epochs, dropout=train.frozen_dropout)
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Seed dropout with (seed, epoch, batch, process), so that a resumed run drops the same units."""
@@ -142,6 +153,8 @@ class TrainingModule(pl.LightningModule):
 
         With several processes each must take part in every gather and reach every parameter, or the others wait for it.
         """
+        if self._stored is not None:
+            return self._stored.encode(self.model, batch.caption_ids)
         if len(batch.image_ids):
             return self.model.encode_images(batch.images), self.model.encode_texts(batch.token_ids, batch.token_mask)
         pixels = batch.images.new_zeros(1, *batch.images.shape[1:])

@@ -25,7 +25,7 @@ MAY_CHANGE: tuple[str, ...] = (
 )
 MAY_CHANGE += ("report", "data_root", "num_workers", "max_epoch", "image_weights", "text_weights", "tokenizer")
 MAY_CHANGE += ("eval_split", "fold5", "score_memory", "feature_memory", "feature_disk", "bootstrap", "curve")
-MAY_CHANGE += ("judged_matches", "eval_precision")
+MAY_CHANGE += ("cache_features", "judged_matches", "eval_precision")
 # Settings that determine which pairs a batch holds; they must not change.
 BATCHES: tuple[str, ...] = (
     "datasets",
@@ -35,7 +35,7 @@ BATCHES: tuple[str, ...] = (
     "batch_size",
     "per_gpu_batchsize",
 )
-BATCHES += ("num_gpus", "num_nodes", "image_size")
+BATCHES += ("augmentation", "num_gpus", "num_nodes", "image_size")
 
 
 def check_same_run(settings: Settings, stored: Mapping[str, Any], *, source: Path) -> None:
@@ -44,7 +44,7 @@ def check_same_run(settings: Settings, stored: Mapping[str, Any], *, source: Pat
     Raise `UserError` if the model or the batches differ; warn of other differences, except `MAY_CHANGE`.
     """
     now = json.loads(json.dumps(settings.to_flat()))
-    stored = {**values_before(), **stored}
+    stored = json.loads(json.dumps({**values_before(), **stored}))
     changed = {key: value for key, value in stored.items() if now.get(key) != value and key not in MAY_CHANGE}
     model = {field.name for field in dataclasses.fields(ModelSettings)} - {"image_weights", "text_weights"}
     for key in changed:

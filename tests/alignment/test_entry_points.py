@@ -272,9 +272,9 @@ def test_hyperparameters_are_those_of_the_constructor_and_of_its_parents():
             self.extra, self.depth = extra, depth
 
     assert list(hyperparameters_of(RevisedAlignment)) == ["direction"]
-    assert set(hyperparameters_of(Scaled)) == {"direction", "lambda_softmax", "focal_type", "extra", "depth"}
+    assert set(hyperparameters_of(Scaled)) == {"direction", "lambda_softmax", "focal_type", "ksf", "extra", "depth"}
     values = {"direction": "t2i", "lambda_softmax": 3.0, "focal_type": "equal", "extra": "x"}
-    assert Scaled(**values).hyperparameters == values | {"depth": 2}
+    assert Scaled(**values).hyperparameters == values | {"depth": 2, "ksf": "focal"}
 
 
 def test_forms_are_built_from_the_registry(monkeypatch):
