@@ -32,8 +32,8 @@ class BackboneFeatures:
         places = (texts.offsets[captions][:, None] + positions).masked_fill(~mask, 0)
         tokens = [values[places].masked_fill(~mask[..., None], 0).to(device) for values in (texts.high, texts.mid)]
         pooled_texts = texts.pooled[captions].to(device)
-        encoded = model.project_texts(tokens[0], tokens[1], mask.to(device), pooled_texts)
-        return model.project_images(high, mid, pooled), encoded
+        images = model.project_images(high, mid, pooled)  # images before texts, as in a training without stored outputs
+        return images, model.project_texts(tokens[0], tokens[1], mask.to(device), pooled_texts)
 
 
 class _Backbones(nn.Module):
