@@ -30,7 +30,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     elif name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith(".txt"):
         raise UserError(f"tokenizer={name!r}: there is no such file or folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:  # raised by transformers for missing and damaged files
         where = "that folder" if path.is_dir() else "the Hugging Face hub and its cache on this machine"
         raise UserError(

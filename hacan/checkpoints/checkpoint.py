@@ -27,6 +27,13 @@ FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # in an exported folder
 
 
+# Files of a tokenizer that a checkpoint stores; code in its folder is not.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+)
+
+
 # -- the description --------------------------------------------------------------------------------------------------
 
 
@@ -34,14 +41,23 @@ def describe_model(model: HACAN, settings: Settings, tokenizer: PreTrainedTokeni
     """Return what is needed besides the weights to rebuild the model, as plain values."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).iterdir())}
+        files = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).glob("*.*"))}
     description = {
         "format": FORMAT,
         "settings": settings.to_flat(),
         "text_config": model.text_encoder.backbone.config.to_dict(),
-        "tokenizer": files,
+        "tokenizer": tokenizer_files(files),
     }
     return json.loads(json.dumps(description, default=str))
+
+
+def tokenizer_files(files: Mapping[str, str]) -> dict[str, str]:
+    """Return the known files of a tokenizer, without the config entry that names Python code."""
+    found = {name: files[name] for name in TOKENIZER_FILES if name in files}
+    config = json.loads(found.get("tokenizer_config.json", "{}"))
+    if "auto_map" in config:
+        found["tokenizer_config.json"] = json.dumps({k: v for k, v in config.items() if k != "auto_map"}, indent=1)
+    return found
 
 
 def model_from_description(description: Mapping[str, Any], *, score_memory: int = 256) -> HACAN:
@@ -63,8 +79,8 @@ def model_from_description(description: Mapping[str, Any], *, score_memory: int 
 def tokenizer_from_description(description: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Return the tokenizer whose files `describe_model` stored. Code in a tokenizer's folder is never run."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in description["tokenizer"].items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        for name, text in tokenizer_files(description["tokenizer"]).items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -105,7 +121,7 @@ def read_exported(folder: Path) -> dict[str, Any]:
             f"{config} does not describe a HACAN (no settings, no text_config): expected a folder that "
             "scripts/export.py wrote"
         )
-    names = [Path(name).name for name in description.pop("tokenizer_files", [])]
+    names = [name for name in description.pop("tokenizer_files", []) if name in TOKENIZER_FILES]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise UserError(f"{folder} lacks the tokenizer's {', '.join(missing) or 'files'}: export the checkpoint again")

@@ -26,7 +26,13 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from hacan.alignment import form_of, hyperparameters_of
-from hacan.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, file_hash, tokenizer_from_description
+from hacan.checkpoints.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    file_hash,
+    tokenizer_files,
+    tokenizer_from_description,
+)
 from hacan.checkpoints.loading import Checkpoint, open_checkpoint
 from hacan.checkpoints.onnx import OnnxFile, export_onnx
 from hacan.errors import UserError
@@ -250,7 +256,7 @@ def _write_files(
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod((folder.stat().st_mode & 0o777) & 0o666)  # save_file ignores the umask
-    tokenizer = {Path(name).name: text for name, text in description["tokenizer"].items()}
+    tokenizer = tokenizer_files(description["tokenizer"])
     for name, text in tokenizer.items():
         (folder / name).write_text(text, encoding="utf-8")
     config = _exported_config(description)
@@ -276,7 +282,7 @@ def _exported_config(description: Mapping[str, Any]) -> dict[str, Any]:
         "format": description["format"],
         "settings": settings,
         "text_config": {key: value for key, value in description["text_config"].items() if key != "_name_or_path"},
-        "tokenizer_files": list(description["tokenizer"]),
+        "tokenizer_files": list(tokenizer_files(description["tokenizer"])),
     }
 
 

@@ -19,6 +19,8 @@ from hacan.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
+CODE_KEYS = ("auto_map", "attn_implementation", "quantization_config", "custom_pipelines")  # of a transformers config
+
 
 class TextFeatures(NamedTuple):
     """Features of M texts. Values at padding are meaningless."""
@@ -171,7 +173,11 @@ def _text_from_hub(settings: ModelSettings) -> PreTrainedModel:
     name = settings.text_encoder
     try:
         backbone, info = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **settings.text_encoder_args
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **settings.text_encoder_args,
         )
     except (OSError, ValueError) as error:
         raise UserError(no_hub_weights("text", name, name, error)) from error
@@ -208,7 +214,7 @@ def _text_config(settings: ModelSettings, **sizes: int | None) -> PretrainedConf
         return _read_config(Path(name), arguments)
     if name not in CONFIG_MAPPING:
         try:
-            return AutoConfig.from_pretrained(name, **arguments)
+            return AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"text_encoder={name!r} with text_weights={settings.text_weights}: expected a model type of "
@@ -226,6 +232,8 @@ def _text_config(settings: ModelSettings, **sizes: int | None) -> PretrainedConf
 
 
 def _config_of_type(fields: dict[str, Any]) -> PretrainedConfig:
+    # Entries that name code: `auto_map`, and attention kernels or quantisers of the hub.
+    fields = {k: v for k, v in fields.items() if not k.startswith("_") and k not in CODE_KEYS}
     model_type = fields.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **fields)
@@ -235,9 +243,11 @@ def _config_of_type(fields: dict[str, Any]) -> PretrainedConfig:
 
 def _read_config(folder: Path, arguments: dict[str, Any]) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, **arguments)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **arguments)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no config.json of a transformers encoder: {str(error)[:200]}") from error
+    config._attn_implementation = None  # a hub kernel, which is code, can be named there; transformers chooses its own
+    return config
 
 
 def names_of_bert(state: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ import logging
 import pickle
 import re
 import socket
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
+        _check_checksums(path)
         with torch.serialization.safe_globals(LIGHTNING_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -62,6 +65,8 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
             f"{path} is a pickle of more than tensors (it needs {wanted}), which can run code: not read. If you "
             "trust its author, add trust_checkpoint=True"
         ) from error
+    except BrokenFileError:
+        raise
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ImportError as error:
@@ -71,6 +76,18 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors (a state dict)")
     return dict(content)
+
+
+def _check_checksums(path: Path) -> None:
+    """Raise `BrokenFileError` if a record of a zip archive, the format of torch.save, fails its CRC-32."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            try:
+                damaged = archive.testzip()
+            except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError) as error:
+                raise BrokenFileError(f"{path} is damaged: {error}") from error
+        if damaged is not None:
+            raise BrokenFileError(f"{path} is damaged: its record {damaged} does not have the stored checksum")
 
 
 def read_state(path: str | Path, *, trust: bool = False) -> dict[str, Tensor]:
