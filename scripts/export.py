@@ -31,8 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         from hacan.checkpoints.pretrained import export  # imports torch
+        from scripts.onnx_export import export_onnx
 
-        files = export(options.checkpoint, options.folder, onnx=options.onnx, trust=options.trust_checkpoint)
+        write_onnx = export_onnx if options.onnx else None
+        files = export(options.checkpoint, options.folder, write_onnx=write_onnx, trust=options.trust_checkpoint)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

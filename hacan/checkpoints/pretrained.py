@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,7 +34,6 @@ from hacan.checkpoints.checkpoint import (
     tokenizer_from_description,
 )
 from hacan.checkpoints.loading import Checkpoint, open_checkpoint
-from hacan.checkpoints.onnx import OnnxFile, export_onnx
 from hacan.errors import UserError
 from hacan.images.io import read_image
 from hacan.images.preprocessing import preprocess_image, uses_centre_crop
@@ -50,6 +49,9 @@ METRICS_FILE, CARD_FILE = "metrics.json", "README.md"
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("hacan.checkpoints"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
 )  # Markdown: nothing to escape
+
+
+WriteOnnx = Callable[["Pretrained", Path], Iterable[tuple[Path, float]]]
 
 
 class Pretrained:
@@ -135,7 +137,7 @@ class Pretrained:
 
     def save_pretrained(self, folder: str | Path) -> list[Path]:
         """Write the model's folder, as scripts/export.py does; return its files. Files already there are replaced."""
-        return _write_folder(self, Path(folder), source="`save_pretrained`", onnx=False)
+        return _write_folder(self, Path(folder), source="`save_pretrained`")
 
     def push_to_hub(
         self,
@@ -216,19 +218,23 @@ def _check_sequence(items: Sequence, name: str, kinds: tuple[type, ...]) -> None
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
-def export(checkpoint: str | Path, folder: str | Path, *, onnx: bool = False, trust: bool = False) -> list[Path]:
+def export(
+    checkpoint: str | Path, folder: str | Path, *, write_onnx: WriteOnnx | None = None, trust: bool = False
+) -> list[Path]:
     """Write a training's checkpoint as a folder for `hacan.load_pretrained`; return its files.
 
-    The card quotes the metrics.json beside the checkpoint, in the folder above it, or in an exported folder. onnx: also
-    write both encoders.
+    The card quotes the metrics.json beside the checkpoint, in the folder above it, or in an exported folder.
+    write_onnx(model, folder) writes ONNX files too, and returns their paths and differences to PyTorch.
     """
     checkpoint = Path(checkpoint)
     pretrained = Pretrained._of_checkpoint(open_checkpoint(checkpoint, trust=trust), path=checkpoint)
     source = f"{checkpoint.name}, SHA-256 `{file_hash(checkpoint)}`" if checkpoint.is_file() else checkpoint.name
-    return _write_folder(pretrained, Path(folder), source=source, onnx=onnx)
+    return _write_folder(pretrained, Path(folder), source=source, write_onnx=write_onnx)
 
 
-def _write_folder(pretrained: Pretrained, folder: Path, *, source: str, onnx: bool) -> list[Path]:
+def _write_folder(
+    pretrained: Pretrained, folder: Path, *, source: str, write_onnx: WriteOnnx | None = None
+) -> list[Path]:
     """Write all files to a temporary folder, then move them: a failure leaves what was there."""
     if pretrained.description is None:
         raise ValueError("the model has no description; load it from a checkpoint or a folder, then save it")
@@ -236,7 +242,7 @@ def _write_folder(pretrained: Pretrained, folder: Path, *, source: str, onnx: bo
     partial = folder / f".partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        names = _write_files(pretrained, partial, source=source, metrics=metrics, onnx=onnx)
+        names = _write_files(pretrained, partial, source=source, metrics=metrics, write_onnx=write_onnx)
         for name in names:
             os.replace(partial / name, folder / name)
     except (OSError, SafetensorError) as error:
@@ -250,7 +256,12 @@ def _write_folder(pretrained: Pretrained, folder: Path, *, source: str, onnx: bo
 
 
 def _write_files(
-    pretrained: Pretrained, folder: Path, *, source: str, metrics: dict[str, Any] | None, onnx: bool
+    pretrained: Pretrained,
+    folder: Path,
+    *,
+    source: str,
+    metrics: dict[str, Any] | None,
+    write_onnx: WriteOnnx | None,
 ) -> list[str]:
     model, description = pretrained.model, pretrained.description or {}
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -263,13 +274,11 @@ def _write_files(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     if metrics is not None:
         (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    onnx_files = []
-    if onnx:
-        onnx_files = export_onnx(model, folder, image_size=pretrained.image_size, max_text_len=pretrained.max_text_len)
+    onnx_files = [] if write_onnx is None else list(write_onnx(pretrained, folder))
     card = _model_card(model, config["settings"], source=source, metrics=metrics, onnx_files=onnx_files)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     names = [WEIGHTS_FILE, CONFIG_FILE, *tokenizer, CARD_FILE, *([METRICS_FILE] if metrics is not None else [])]
-    return [*names, *(file.path.name for file in onnx_files)]
+    return [*names, *(path.name for path, _ in onnx_files)]
 
 
 def _exported_config(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,7 +315,7 @@ def _model_card(
     *,
     source: str,
     metrics: Mapping[str, Any] | None,
-    onnx_files: list[OnnxFile],
+    onnx_files: Sequence[tuple[Path, float]],
 ) -> str:
     try:
         record = {} if metrics is None else metrics["receipt"]

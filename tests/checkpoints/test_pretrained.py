@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 import hacan
 from hacan.checkpoints.checkpoint import atomic_save, describe_model
 from hacan.checkpoints.loading import open_checkpoint
-from hacan.checkpoints.onnx import export_onnx
 from hacan.checkpoints.pretrained import Pretrained, export
 from hacan.errors import UserError
 from hacan.images.preprocessing import preprocess_image
 from hacan.retrieval.provenance import hash_of_tensors
+from scripts.onnx_export import export_onnx
 
 ROOT = pathlib.Path(__file__).parents[2]
 CAPTIONS = ["a dog runs", "a small red cat sits on the grass by a big blue dog", "the cat", "dog", "a cat by a cat"]
@@ -269,6 +269,10 @@ def test_damaged_exports_are_named(trained, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- ONNX
 
 
+def pretrained_of(model, tokenizer):
+    return Pretrained(model=model, tokenizer=tokenizer, image_size=64, centre_crop=True, max_text_len=12)
+
+
 @pytest.mark.parametrize(
     "updates",
     [
@@ -279,12 +283,12 @@ def test_damaged_exports_are_named(trained, tmp_path):
     ],
     ids=["convnext-bert", "vit-distilbert", "efficientnet-bert"],
 )  # fmt: skip
-def test_onnx_gives_the_features_of_pytorch(make_model, tmp_path, pixels, captions, updates):
+def test_onnx_gives_the_features_of_pytorch(make_model, tokenizer, tmp_path, pixels, captions, updates):
     model = make_model(**updates)
     with torch.no_grad():  # away from the start, where ConvNeXt's branches weigh nothing
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    images, texts = export_onnx(model, tmp_path, image_size=64, max_text_len=12)
+    images, texts = export_onnx(pretrained_of(model, tokenizer), tmp_path)
     assert max(images.difference, texts.difference) < 1e-4
     session = onnxruntime.InferenceSession(str(images.path), providers=["CPUExecutionProvider"])
     expected = model.encode_images(pixels)
@@ -300,11 +304,11 @@ def test_onnx_gives_the_features_of_pytorch(make_model, tmp_path, pixels, captio
     torch.testing.assert_close(torch.from_numpy(pooled), expected.pooled.detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_onnx_that_disagrees_is_not_left_behind(make_model, tmp_path):
+def test_onnx_that_disagrees_is_not_left_behind(make_model, tokenizer, tmp_path):
     model = make_model()
     model.aggregate_image.dropout = NoisyWhenAsked()
     with pytest.raises(UserError, match=r"image_encoder.onnx differs from PyTorch .* was removed"):
-        export_onnx(model, tmp_path, image_size=64, max_text_len=12)
+        export_onnx(pretrained_of(model, tokenizer), tmp_path)
     assert not (tmp_path / "image_encoder.onnx").exists()
 
 

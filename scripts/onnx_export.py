@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.models.hacan import HACAN
 
@@ -45,8 +46,9 @@ class _Texts(nn.Module):
         return texts.high, texts.mid, texts.pooled
 
 
-def export_onnx(model: HACAN, folder: Path, *, image_size: int, max_text_len: int) -> list[OnnxFile]:
+def export_onnx(pretrained: Pretrained, folder: Path) -> list[OnnxFile]:
     """Write image_encoder.onnx and text_encoder.onnx, with dynamic numbers of images, texts and tokens."""
+    model, image_size, max_text_len = pretrained.model, pretrained.image_size, pretrained.max_text_len
     was_training = model.training
     model.eval()
     words = model.text_encoder.backbone.config.vocab_size
