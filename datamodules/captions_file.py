@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import logging
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from datamodules.files import (
     parse_json,
     safe_path,
 )
-from datamodules.records import SPLITS, CaptionedImage
+from datamodules.records import SPLIT_NAMES, SPLITS, CaptionedImage
 from hacan.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,17 +62,20 @@ def group_rows(rows: list[Row], images_folder: Path) -> list[CaptionedImage]:
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
     for row in rows:
-        if row.image not in captions:
-            safe_path(images_folder, row.image, where=f"{row.place}, 'image'")
-            captions[row.image], splits[row.image] = [], row.split
-        if row.split is not None and row.split not in SPLITS:
-            raise UserError(f"{row.place}, 'split' is {row.split!r}: expected one of {', '.join(SPLITS)}")
-        if row.split != splits[row.image]:
+        safe_path(images_folder, row.image, where=f"{row.place}, 'image'")
+        image = posixpath.normpath(row.image)  # "./dog.jpg" is "dog.jpg"
+        if row.split is not None and row.split not in SPLIT_NAMES:
+            raise UserError(f"{row.place}, 'split' is {row.split!r}: expected one of {', '.join(SPLIT_NAMES)}")
+        if (row.split is None) != (rows[0].split is None):
+            here, there = ("no split", "one") if row.split is None else ("a split", "none")
+            raise UserError(f"{row.place} has {here}, but {rows[0].place} has {there}: give all rows a split, or none")
+        split = None if row.split is None else SPLIT_NAMES[row.split]
+        if splits.setdefault(image, split) != split:
             raise UserError(
-                f"{row.place}: {row.image!r} is in the split {row.split!r} here and in {splits[row.image]!r} above; "
-                "an image belongs to one split"
+                f"{row.place}: {row.image!r} is in the split {split!r} here and in {splits[image]!r} above; an image "
+                "belongs to one split"
             )
-        captions[row.image].append(row.caption)
+        captions.setdefault(image, []).append(row.caption)
     return [
         CaptionedImage(
             path=images_folder / image,

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from hacan.errors import UserError
@@ -59,9 +59,11 @@ def check_image_files(paths: Iterable[Path], *, listed_in: Path) -> None:
 
 
 def safe_path(folder: Path, name: str, *, where: str) -> Path:
-    """Return `folder / name`; raise `UserError` for control characters and lone surrogates in the name."""
+    """Return `folder / name`; raise `UserError` for unprintable characters and for paths out of the folder."""
     if not name or any(character < " " or "\ud800" <= character <= "\udfff" for character in name):
         raise UserError(f"{where} is {name[:80]!r}: expected the name of an image file")
+    if os.path.isabs(name) or ".." in PurePath(name).parts:
+        raise UserError(f"{where} is {name[:80]!r}: expected a path within {folder}")
     return folder / name
 
 

@@ -1,5 +1,6 @@
 """Karpathy's split files: Flickr30K, Flickr8K, MS-COCO (METHOD section 7)."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from datamodules.files import (
     read_json,
     safe_path,
 )
-from datamodules.records import CaptionedImage
+from datamodules.records import SPLIT_NAMES, CaptionedImage
 from hacan.errors import UserError
 
 
@@ -75,11 +76,12 @@ def parse_karpathy(content: Any, images_folder: Path, *, where: str, use_restval
     """Return the records of a Karpathy file's content; raise `UserError` with the place of an invalid entry."""
     records: list[CaptionedImage] = []
     seen: dict[int, str] = {}
+    splits: dict[str, str] = {}
     for number, image in enumerate(member(content, "images", list, where=where)):
         place = f"{where}, images[{number}]"
         name = member(image, "filename", str, where=place)
         split = member(image, "split", str, where=place)
-        if split not in ("train", "restval", "val", "test"):
+        if split not in ("restval", *SPLIT_NAMES):
             raise UserError(f"{place}, 'split' is {split!r}: expected one of train, restval, val, test")
         image_id = member(image, "imgid", int, where=place) if "imgid" in image else number
         if not -(2**63) <= image_id < 2**63:
@@ -100,9 +102,15 @@ def parse_karpathy(content: Any, images_folder: Path, *, where: str, use_restval
                 path=safe_path(folder, name, where=f"{place}, 'filename'"),
                 captions=captions,
                 image_id=image_id,
-                split="train" if split == "restval" else split,
+                split="train" if split == "restval" else SPLIT_NAMES[split],
             )
         )
+        path, chosen = os.path.normpath(records[-1].path), records[-1].split
+        if splits.setdefault(path, chosen) != chosen:
+            raise UserError(
+                f"{place}: {name!r} is in the split {chosen!r} here and in {splits[path]!r} above; an image belongs to "
+                "one split"
+            )
     if not records:
         raise UserError(f"{where} lists no images")
     return records

@@ -8,6 +8,7 @@ from pathlib import Path
 from hacan.errors import UserError
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {name: name for name in SPLITS} | {"dev": "val", "valid": "val", "validation": "val"}  # as in files
 CAPTIONS_PER_IMAGE = {"f30k": 5, "f8k": 5, "coco": 5}  # the field's protocol (METHOD section 6); of others all
 
 

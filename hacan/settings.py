@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,16 @@ DATASETS = ("f30k", "f8k", "coco", "captions", "scenes")
 LOSSES = ("GCD", "GCD_release", "GCD_revised", "F_HN", "M_HN", "InfoNCE", "none")
 STREAMS = ("ksf", "lrg_high", "lrg_mid")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+PATH_KEYS: tuple[str, ...] = (
+    "data_root",
+    "log_dir",
+    "save_path",
+    "resume_from",
+    "image_weights",
+    "text_encoder",
+    "text_weights",
+)
+PATH_KEYS += ("tokenizer", "judged_matches")  # a leading ~ is the home folder
 VAL_METRICS = ("rsum", "rsum_full", "release")
 
 
@@ -244,6 +255,8 @@ def _plain(key: str, value: Any) -> Any:
     """Return plain Python values of what people type and of Sacred's list and dict classes."""
     if isinstance(value, list):
         value = tuple(value)
+    if key in PATH_KEYS and isinstance(value, str):
+        value = os.path.expanduser(value)
     if isinstance(value, Mapping):
         return {name: _plain(key, item) for name, item in value.items()}
     if key in ("image_encoder_args", "text_encoder_args") and isinstance(value, str):
@@ -257,8 +270,11 @@ def _plain(key: str, value: Any) -> Any:
     if key in ("checkpoint", "streams") and isinstance(value, str):  # Sacred passes a list without quotes as a string
         inner = value.strip()
         if inner.startswith("[") and inner.endswith("]"):
-            return tuple(path.strip().strip("'\"") for path in inner[1:-1].split(",") if path.strip())
-        return (value,) if value else ()
+            value = tuple(path.strip().strip("'\"") for path in inner[1:-1].split(",") if path.strip())
+        else:
+            value = (value,) if value else ()
+    if key == "checkpoint" and isinstance(value, tuple):
+        value = tuple(os.path.expanduser(path) if isinstance(path, str) else path for path in value)
     if key in ("precision", "eval_precision") and value in (16, "16", 32, "32", "bf16"):  # Lightning's older names
         return {"16": "16-mixed", "32": "32-true", "bf16": "bf16-mixed"}[str(value)]
     return value
@@ -333,6 +349,8 @@ def _check_together(settings: Settings) -> None:
     _check_cached_features(settings)
     if len(data.scenes_pictures) != 3 or min(data.scenes_pictures) < 1:
         raise UserError(f"scenes_pictures={list(data.scenes_pictures)!r}: expected three numbers from 1, one a split")
+    if not run.exp_name or os.path.isabs(run.exp_name) or ".." in run.exp_name.split("/"):
+        raise UserError(f"exp_name={run.exp_name!r}: expected the name of a folder below log_dir")
     if run.test_only and not run.checkpoint:
         raise UserError("test_only=True needs checkpoint=PATH, the weights to evaluate")
     if run.test_only and run.resume_from:

@@ -19,7 +19,7 @@ from hacan.retrieval.ensemble import AUTOCAST_TYPES
 from hacan.settings import Settings, describe
 
 ROOT = pathlib.Path(__file__).parent.parent
-NAMED = ("coco_config", "f8k_config", "revised_config", "demo_config")
+NAMED = ("coco_config", "f8k_config", "release_config", "revised_config", "demo_config")
 
 
 def flat(*named, **updates):
@@ -173,3 +173,18 @@ def test_choices_are_those_of_the_modules_that_use_them():
     assert set(choices["focal_type"]) == set(FOCAL_TYPES)
     assert set(choices["precision"]) == set(AUTOCAST_TYPES)
     assert set(choices["eval_split"]) == set(SPLITS)
+
+
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for key in ("data_root", "log_dir", "save_path", "image_weights", "text_encoder", "text_weights", "tokenizer"):
+        found = Settings.from_flat(flat() | {key: "~/x"}).to_flat()
+        assert found[key] == str(tmp_path / "x"), key
+    typed = flat() | {"test_only": True, "checkpoint": "[~/a.ckpt, b.ckpt]"}
+    assert Settings.from_flat(typed).run.checkpoint == (str(tmp_path / "a.ckpt"), "b.ckpt")
+
+
+@pytest.mark.parametrize("name", ["../..", "/tmp/x", "a/../../b", ""])
+def test_exp_name_stays_below_log_dir(name):
+    with pytest.raises(UserError, match="expected the name of a folder below log_dir"):
+        Settings.from_flat(flat() | {"exp_name": name})

@@ -78,9 +78,9 @@ def test_split_by_name_is_about_80_10_10():
         ("captions.csv", "image,caption\n", "has no captions"),
         ("captions.csv", "image,caption\na.jpg,a dog, running\n", "line 2 has 3 cells"),
         ("captions.csv", "image,caption\na.jpg\n", "line 2 has 1 cells"),
-        ("captions.csv", "image,caption,split\na.jpg,x,dev\n", "'dev': expected one of train, val, test"),
+        ("captions.csv", "image,caption,split\na.jpg,x,exam\n", "'exam': expected one of train, val, test, dev, valid"),
         ("captions.csv", "image,caption,split\na.jpg,x,val\na.jpg,y,test\n", "belongs to one split"),
-        ("captions.csv", "image,caption,split\na.jpg,x,val\na.jpg,y,\n", "belongs to one split"),
+        ("captions.csv", "image,caption,split\na.jpg,x,val\na.jpg,y,train\n", "belongs to one split"),
         ("captions.csv", "image,caption\n,x\n", "line 2, 'image' is ''"),
         ("captions.csv", "image,caption\nz.jpg,x\ny.jpg,x\n", "z.jpg and 1 more"),
         ("captions.jsonl", "\n \n", "has no captions"),
@@ -126,3 +126,24 @@ def test_any_json_lines_give_records_or_one_line(tmp_path, lines, cut):
 def test_any_csv_gives_records_or_one_line(tmp_path, rows):
     (tmp_path / "captions.csv").write_text("image,caption\n" + "\n".join(rows), encoding="utf-8", newline="")
     records_or_user_error(lambda: read_captions_file(tmp_path, check_files=False))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("p0.jpg,x,train\n./p0.jpg,y,test\n", "line 3: './p0.jpg' is in the split 'test' here and in 'train' above"),
+        ("p0.jpg,x,train\np1.jpg,y,\n", "line 3 has no split, but"),
+        ("p0.jpg,x,\np1.jpg,y,test\n", "line 3 has a split, but"),
+        ("../secret.jpg,x,train\n", "expected a path within"),
+        ("/etc/passwd,x,train\n", "expected a path within"),
+    ],
+)
+def test_leaks_between_splits_and_paths_out_of_the_folder_are_errors(tmp_path, rows, message):
+    (tmp_path / "captions.csv").write_text("image,caption,split\n" + rows)
+    assert message in error_of(read_captions_file, tmp_path, check_files=False)
+
+
+def test_spellings_of_one_image_are_one_record_and_dev_is_val(tmp_path):
+    (tmp_path / "captions.csv").write_text("image,caption,split\np0.jpg,x,dev\n./p0.jpg,y,validation\n")
+    (record,) = read_captions_file(tmp_path, check_files=False)
+    assert (record.path, record.captions, record.split) == (tmp_path / "p0.jpg", ("x", "y"), "val")

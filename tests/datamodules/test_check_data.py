@@ -105,9 +105,15 @@ def test_empty_splits_are_incomplete(root, check_data, capsys):
     out = capsys.readouterr().out
     assert out.count("EMPTY: no images") == 2
     images = images_of(root)
-    write(root, [*images, {**images[0], "split": "val", "imgid": 7}, {**images[0], "split": "test", "imgid": 8}])
+    others = [
+        {**images[0], "filename": f"{i}.png", "split": split, "imgid": i} for i, split in ((3, "val"), (5, "test"))
+    ]
+    write(root, [*images, *others, {**images[0], "imgid": 7}, {**images[0], "imgid": 8}])
     assert check_data([str(root)]) == 0
     assert "2 image(s) are listed more than once" in capsys.readouterr().out
+    write(root, [*images, {**images[0], "split": "test", "imgid": 8}])
+    assert check_data([str(root)]) == 1
+    assert "an image belongs to one split" in capsys.readouterr().out
 
 
 def test_check_data_reports_unreadable_data_sets_and_checks_the_others(root, check_data, capsys):

@@ -142,7 +142,10 @@ def test_broken_json_says_where(tmp_path, text, part):
         ({"images": [3]}, "images[0] is 3: expected an object"),
         ({"images": [{"filename": 3}]}, "'filename' is 3: expected a text"),
         ({"images": [{"filename": "a", "split": None}]}, "'split' is nothing"),
-        ({"images": [{"filename": "a", "split": "dev", "sentences": []}]}, "expected one of train, restval, val, test"),
+        (
+            {"images": [{"filename": "a", "split": "exam", "sentences": []}]},
+            "expected one of train, restval, val, test",
+        ),
         ({"images": [{"filename": "a", "split": "val"}]}, "lacks the key 'sentences'"),
         ({"images": [{"filename": "a", "split": "val", "sentences": "ab"}]}, "expected a list"),
         ({"images": [{"filename": "a", "split": "val", "sentences": ["ab"]}]}, "sentences[0] is 'ab'"),
@@ -194,3 +197,27 @@ def test_the_first_five_captions_of_an_image_are_used(tmp_path):
         records = read_records("f8k", tmp_path, captions_per_image=wanted)
         assert [len(record.captions) for record in records] == expected
         assert all(record.captions[i] == f"{record.image_id} {i}" for record in records for i in range(2))
+
+
+def test_an_image_in_two_splits_is_an_error_and_dev_is_val():
+    def parse(*images):
+        listed = [
+            {"filename": name, "split": split, "imgid": number, "sentences": [{"raw": "x"}]}
+            for number, (name, split) in enumerate(images)
+        ]
+        return parse_karpathy({"images": listed}, Path("images"), where="x.json", use_restval=True)
+
+    names = [record.split for record in parse(("a", "dev"), ("b", "valid"), ("c", "validation"), ("d", "val"))]
+    assert names == ["val"] * 4
+    assert len(parse(("a", "train"), ("a", "restval"))) == 2  # both are train
+    for other in ("a", "./a", "b/../a"):
+        text = error_of(parse, ("a", "train"), (other, "test"))
+        assert "x.json, images[1]" in text and ("belongs to one split" in text or "within images" in text)
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg"])
+def test_a_path_out_of_the_folder_is_refused(name):
+    content = {"images": [{"filename": name, "split": "train", "sentences": []}]}
+    assert "expected a path within images" in error_of(
+        parse_karpathy, content, Path("images"), where="x.json", use_restval=True
+    )
