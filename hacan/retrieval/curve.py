@@ -17,7 +17,15 @@ from tqdm import tqdm
 from hacan.retrieval.cached_scores import CachedScores
 from hacan.retrieval.ensemble import GalleryScores
 from hacan.retrieval.metrics import RECALLS, check_scores
-from hacan.retrieval.ranking import COARSE_IMAGES, FINE_IMAGES, HierarchicalRetriever, best_places, listed_pairs
+from hacan.retrieval.ranking import (
+    COARSE_IMAGES,
+    FINE_IMAGES,
+    best_places,
+    fine_shard,
+    listed_pairs,
+    rank_pairs,
+    shortlists,
+)
 from hacan.retrieval.stage_meter import StageMeter
 
 if TYPE_CHECKING:
@@ -88,18 +96,9 @@ def trade_off(scores: GalleryScores, *, meter: StageMeter, progress: bool = True
     seconds, peaks = {}, {}
     lengths = _some_lengths(max(images, texts))
     for k in tqdm(lengths, desc="seconds and memory of some K", unit="K", delay=2, disable=not progress):
-        retriever = HierarchicalRetriever(
-            cached[0],
-            scores.pairs,
-            image_of_text,
-            images=images,
-            top_k=k,
-            add_coarse=scores.adds_coarse,
-            progress=False,
-        )
         name = f"curve K={k}"
         with meter.stage(name):
-            seconds[k] = times[0] + _timed(retriever, images)
+            seconds[k] = times[0] + _timed(cached[0], scores, top_k=k)
         peaks[k] = meter.stages.pop(name)["host_peak_mib"]
     return Curve(values, seconds, peaks, full_seconds=times[1], coarse_rsum=coarse_rsum)
 
@@ -225,16 +224,16 @@ def _some_lengths(longest: int) -> list[int]:
     return [*(k for k in steps if k < longest), longest]
 
 
-def _timed(retriever: HierarchicalRetriever, images: int) -> float:
+def _timed(coarse: CachedScores, scores: GalleryScores, *, top_k: int) -> float:
     """Return the seconds of shortlists, fine scores and ranks; many fine scores are timed on a share of the images."""
     start = time.perf_counter()
-    lists = retriever.shortlists()
+    lists = shortlists(coarse, scores.image_of_text, images=scores.images, top_k=top_k, progress=False)
     pairs = listed_pairs(lists)
     listing = time.perf_counter() - start
-    share = min(-(-len(pairs) // TIMED_PAIRS), -(-images // FINE_IMAGES))
+    share = min(-(-len(pairs) // TIMED_PAIRS), -(-scores.images // FINE_IMAGES))
     start = time.perf_counter()
-    scored = len(retriever.fine_shard(pairs, rank=0, world_size=share))
+    scored = len(fine_shard(scores.pairs, pairs, rank=0, world_size=share, progress=False))
     scoring = (time.perf_counter() - start) * len(pairs) / scored
     start = time.perf_counter()
-    retriever.rank(lists, pairs, torch.zeros(len(pairs)))
+    rank_pairs(lists, pairs, torch.zeros(len(pairs)), scores.image_of_text, add_coarse=scores.adds_coarse)
     return listing + scoring + time.perf_counter() - start

@@ -16,7 +16,7 @@ from hacan.retrieval.curve import mean_curve, trade_off
 from hacan.retrieval.eccv_cxc import eccv_cxc_metrics
 from hacan.retrieval.ensemble import GalleryScores, Scorer
 from hacan.retrieval.feature_cache import FeatureStorage, encode_gallery, prune
-from hacan.retrieval.ranking import HierarchicalRetriever, coarse_ranks, listed_pairs, merge_shards
+from hacan.retrieval.ranking import coarse_ranks, fine_shard, listed_pairs, merge_shards, rank_pairs, shortlists
 from hacan.retrieval.results import Evaluation, Protocol, summarise
 from hacan.retrieval.stage_meter import StageMeter
 from hacan.types import EncodedImages, Gallery, PackedTexts, Processes, RetrievalResult, Split
@@ -72,24 +72,15 @@ def rank_gallery(
     """Return the hierarchical ranks of a gallery, and the (i2t, t2i) ranks of its coarse scores alone."""
     image_of_text, images = scores.image_of_text, scores.images
     cached = CachedScores(scores.coarse, images=images, texts=len(image_of_text))
-    retriever = HierarchicalRetriever(
-        cached,
-        scores.pairs,
-        image_of_text,
-        images=images,
-        top_k=top_k,
-        add_coarse=scores.adds_coarse,
-        progress=progress,
-    )
     with meter.stage("coarse"):
-        lists = retriever.shortlists()
+        lists = shortlists(cached, image_of_text, images=images, top_k=top_k, progress=progress)
         coarse = coarse_ranks(cached, image_of_text, images=images, progress=progress)
     with meter.stage("fine"):
         pairs = listed_pairs(lists)
-        shard = retriever.fine_shard(pairs, rank=processes.rank, world_size=processes.world_size)
+        shard = fine_shard(scores.pairs, pairs, rank=processes.rank, world_size=processes.world_size, progress=progress)
         fine = merge_shards(pairs, processes.gather(shard))
     with meter.stage("rank"):
-        return retriever.rank(lists, pairs, fine), coarse
+        return rank_pairs(lists, pairs, fine, image_of_text, add_coarse=scores.adds_coarse), coarse
 
 
 def folds_of(split: Split, protocol: Protocol) -> list[slice]:

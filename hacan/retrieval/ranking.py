@@ -155,66 +155,56 @@ def _rerank(items: Tensor, fine: Tensor, correct: Tensor) -> tuple[Tensor, Tenso
     return ranks, items.gather(1, order)
 
 
-class HierarchicalRetriever:
-    """Both stages on score functions, in one or several processes; every listed pair is scored once.
+def retrieve(
+    coarse: Callable[[slice], Tensor],
+    score_pairs: Callable[[Tensor], Tensor],
+    image_of_text: Tensor,
+    *,
+    images: int,
+    top_k: int,
+    add_coarse: bool = False,
+    progress: bool = True,
+) -> RetrievalResult:
+    """Return the ranks of both stages from score functions; every listed pair is scored once.
 
     coarse(rows) -> [n, M] scores a slice of the images and all texts; score_pairs(pairs [P, 2]) -> [P] scores listed
     pairs (image, text), sorted by image. add_coarse: fine = coarse + score_pairs, as in the first release.
-
-    With several processes each calls `shortlists()` and `fine_shard(...)`. `merge_shards` combines the shards to
-    exactly the scores of a single process.
     """
+    lists = shortlists(coarse, image_of_text, images=images, top_k=top_k, progress=progress)
+    pairs = listed_pairs(lists)
+    scores = merge_shards(pairs, [fine_shard(score_pairs, pairs, progress=progress)])
+    return rank_pairs(lists, pairs, scores, image_of_text, add_coarse=add_coarse)
 
-    def __init__(
-        self,
-        coarse: Callable[[slice], Tensor],
-        score_pairs: Callable[[Tensor], Tensor],
-        image_of_text: Tensor,
-        *,
-        images: int,
-        top_k: int,
-        add_coarse: bool = False,
-        progress: bool = True,
-    ) -> None:
-        _check_gallery((images, len(image_of_text)), image_of_text, top_k)
-        self._coarse, self._score_pairs = coarse, score_pairs
-        self._image_of_text, self._images, self._top_k = image_of_text, images, top_k
-        self._add_coarse, self._progress = add_coarse, progress
 
-    def __call__(self) -> RetrievalResult:
-        """Return the ranks, computed in this process alone."""
-        lists = self.shortlists()
-        pairs = listed_pairs(lists)
-        return self.rank(lists, pairs, merge_shards(pairs, [self.fine_shard(pairs)]))
+def fine_shard(
+    score_pairs: Callable[[Tensor], Tensor], pairs: Tensor, *, rank: int = 0, world_size: int = 1, progress: bool = True
+) -> Tensor:
+    """Return the scores of the pairs of process `rank` of `world_size`, in the order of `pairs`.
 
-    def shortlists(self) -> Shortlists:
-        """Return the shortlists of the coarse stage."""
-        return shortlists(
-            self._coarse, self._image_of_text, images=self._images, top_k=self._top_k, progress=self._progress
-        )
-
-    def fine_shard(self, pairs: Tensor, *, rank: int = 0, world_size: int = 1) -> Tensor:
-        """Return the scores of the pairs of process `rank` of `world_size`, in the order of `pairs`."""
-        parts = [self._scored(pairs[rows]) for rows in _shard_blocks(pairs, rank, world_size, progress=self._progress)]
-        return torch.cat(parts) if parts else torch.empty(0)
-
-    def rank(self, lists: Shortlists, pairs: Tensor, scores: Tensor) -> RetrievalResult:
-        """Return the ranks from the merged scores [P] of `pairs`."""
-        texts = len(self._image_of_text)
-        keys = pairs[:, 0] * texts + pairs[:, 1]
-        of_images, of_texts = _keys_of_lists(lists)
-        fine_texts = scores[torch.searchsorted(keys, of_images)]
-        fine_images = scores[torch.searchsorted(keys, of_texts)]
-        if self._add_coarse:
-            fine_texts, fine_images = fine_texts + lists.texts_coarse, fine_images + lists.images_coarse
-        return rank_by_fine(lists, fine_texts, fine_images, self._image_of_text)
-
-    def _scored(self, pairs: Tensor) -> Tensor:
-        scores = self._score_pairs(pairs)
-        if scores.shape != (len(pairs),):
-            raise ValueError(f"score_pairs gave {tuple(scores.shape)} for {len(pairs)} pairs; expected one score each")
+    `merge_shards` combines the shards of all processes to exactly the scores of a single process.
+    """
+    parts = []
+    for rows in _shard_blocks(pairs, rank, world_size, progress=progress):
+        scores = score_pairs(pairs[rows])
+        count = rows.stop - rows.start
+        if scores.shape != (count,):
+            raise ValueError(f"score_pairs gave {tuple(scores.shape)} for {count} pairs; expected one score each")
         check_scores("fine", scores[None])
-        return _on_cpu(scores)
+        parts.append(_on_cpu(scores))
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def rank_pairs(
+    lists: Shortlists, pairs: Tensor, scores: Tensor, image_of_text: Tensor, *, add_coarse: bool = False
+) -> RetrievalResult:
+    """Return the ranks within the shortlists from the merged scores [P] of `pairs`; add_coarse: see `retrieve`."""
+    keys = pairs[:, 0] * len(image_of_text) + pairs[:, 1]
+    of_images, of_texts = _keys_of_lists(lists)
+    fine_texts = scores[torch.searchsorted(keys, of_images)]
+    fine_images = scores[torch.searchsorted(keys, of_texts)]
+    if add_coarse:
+        fine_texts, fine_images = fine_texts + lists.texts_coarse, fine_images + lists.images_coarse
+    return rank_by_fine(lists, fine_texts, fine_images, image_of_text)
 
 
 def listed_pairs(lists: Shortlists) -> Tensor:

@@ -34,7 +34,7 @@ from hacan.models.factory import build_model
 from hacan.retrieval.cached_scores import CachedScores
 from hacan.retrieval.ensemble import GalleryScores, Scorer, build_scorer
 from hacan.retrieval.feature_cache import FeatureStorage, encode_gallery
-from hacan.retrieval.ranking import FINE_IMAGES, HierarchicalRetriever, coarse_ranks, listed_pairs
+from hacan.retrieval.ranking import FINE_IMAGES, coarse_ranks, fine_shard, listed_pairs, rank_pairs, shortlists
 from hacan.retrieval.stage_meter import StageMeter
 from hacan.types import EncodedImages, EncodedTexts, Gallery, Split
 
@@ -97,19 +97,16 @@ def benchmark_ranking(options: argparse.Namespace) -> None:
     ).to(device)
     scores = GalleryScores([alignment_alone(alignment, device)], [gallery], coarse_kind="global")
     cached = CachedScores(scores.coarse, images=options.images, texts=len(gallery.image_of_text))
-    retriever = HierarchicalRetriever(
-        cached, scores.pairs, gallery.image_of_text, images=options.images, top_k=options.top_k
-    )
     with torch.no_grad():
         with meter.stage("coarse"):
-            lists = retriever.shortlists()
+            lists = shortlists(cached, gallery.image_of_text, images=options.images, top_k=options.top_k)
             coarse_ranks(cached, gallery.image_of_text, images=options.images)
         pairs = listed_pairs(lists)
         parts = max(1, min(round(1 / options.share), -(-options.images // FINE_IMAGES)))
         with meter.stage("fine"):
-            scored = len(retriever.fine_shard(pairs, rank=parts // 2, world_size=parts))
+            scored = len(fine_shard(scores.pairs, pairs, rank=parts // 2, world_size=parts))
         with meter.stage("rank"):
-            retriever.rank(lists, pairs, torch.zeros(len(pairs)))
+            rank_pairs(lists, pairs, torch.zeros(len(pairs)), gallery.image_of_text)
     print(
         f"\n{options.images:,} images x ({HIGH} + {MID}) regions, {len(gallery.image_of_text):,} captions of "
         f"{float(gallery.texts.offsets.diff().float().mean()):.1f} tokens on average, {options.width} wide, "

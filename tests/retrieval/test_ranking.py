@@ -13,11 +13,13 @@ from hacan.retrieval import ranking
 from hacan.retrieval.curve import COLUMNS, Curve, mean_curve, recalls_by_k, trade_off
 from hacan.retrieval.metrics import ranks_of_first_match, retrieval_metrics
 from hacan.retrieval.ranking import (
-    HierarchicalRetriever,
     coarse_ranks,
+    fine_shard,
     listed_pairs,
     merge_shards,
+    rank_pairs,
     rank_shortlists,
+    retrieve,
     shortlists,
 )
 from hacan.retrieval.stage_meter import StageMeter
@@ -46,8 +48,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(curves, "ENTRIES", 8)
 
 
-def retriever_of(coarse, fine, image_of_text, top_k, **arguments):
-    return HierarchicalRetriever(
+def retrieved(coarse, fine, image_of_text, top_k, **arguments):
+    return retrieve(
         lambda rows: coarse[rows],
         lambda pairs: fine[pairs[:, 0], pairs[:, 1]],
         image_of_text,
@@ -100,13 +102,17 @@ def test_blocks_and_shards_change_nothing(gallery, world_size):
         patch.setattr(ranking, "COARSE_IMAGES", 1)
         patch.setattr(ranking, "FINE_IMAGES", 2)
         patch.setattr(ranking, "TEXTS", 4)
-        retriever = retriever_of(coarse, fine, image_of_text, top_k)
-        assert equal(expected, retriever())
-        lists = retriever.shortlists()
+        assert equal(expected, retrieved(coarse, fine, image_of_text, top_k))
+        lists = shortlists(lambda rows: coarse[rows], image_of_text, images=len(coarse), top_k=top_k, progress=False)
         pairs = listed_pairs(lists)
-        shards = [retriever.fine_shard(pairs, rank=rank, world_size=world_size) for rank in range(world_size)]
+        shards = [
+            fine_shard(
+                lambda some: fine[some[:, 0], some[:, 1]], pairs, rank=rank, world_size=world_size, progress=False
+            )
+            for rank in range(world_size)
+        ]
         assert sum(map(len, shards)) == len(pairs)
-        assert equal(expected, retriever.rank(lists, pairs, merge_shards(pairs, shards)))
+        assert equal(expected, rank_pairs(lists, pairs, merge_shards(pairs, shards), image_of_text))
 
 
 @given(galleries())
@@ -186,10 +192,7 @@ def test_every_listed_pair_is_scored_once(small_blocks):
         return coarse[pairs[:, 0], pairs[:, 1]]
 
     image_of_text = torch.arange(11) % 7
-    retriever = HierarchicalRetriever(
-        lambda rows: coarse[rows], score_pairs, image_of_text, images=7, top_k=3, progress=False
-    )
-    found = retriever()
+    found = retrieve(lambda rows: coarse[rows], score_pairs, image_of_text, images=7, top_k=3, progress=False)
     assert len(seen) == len(set(seen)) < 7 * 3 + 11 * 3
     assert {(i, j) for i in range(7) for j in found.top_i2t[i].tolist()} <= set(seen)
     assert {(i, j) for j in range(11) for i in found.top_t2i[j].tolist()} <= set(seen)
@@ -211,7 +214,7 @@ def test_release_coarse_is_added_to_the_fine_score():
     generator = torch.Generator().manual_seed(2)
     coarse, rest = torch.rand(2, 5, 8, generator=generator)
     image_of_text = torch.arange(8) % 5
-    found = retriever_of(coarse, rest, image_of_text, 3, add_coarse=True)()
+    found = retrieved(coarse, rest, image_of_text, 3, add_coarse=True)
     assert equal(found, rank_shortlists(coarse, coarse + rest, image_of_text, top_k=3))
     assert not equal(found, rank_shortlists(coarse, rest, image_of_text, top_k=3))
 
@@ -224,7 +227,7 @@ def test_nan_is_an_error(where):
     with pytest.raises(ValueError, match=f"{where} holds 1 NaN"):
         rank_shortlists(scores["coarse"], scores["fine"], image_of_text, top_k=2)
     with pytest.raises(ValueError, match="NaN"):
-        retriever_of(scores["coarse"], scores["fine"], image_of_text, 4)()
+        retrieved(scores["coarse"], scores["fine"], image_of_text, 4)
 
 
 def test_wrong_arguments_are_named():
@@ -242,14 +245,15 @@ def test_wrong_arguments_are_named():
         rank_shortlists(scores[:0, :0], scores[:0, :0], good[:0], top_k=1)
     with pytest.raises(ValueError, match=r"coarse gave \(1, 4\) for images 0:3"):
         shortlists(lambda rows: scores[:1], good, images=3, top_k=2, progress=False)
-    retriever = HierarchicalRetriever(
-        lambda rows: scores[rows], lambda pairs: scores[:1, 0], good, images=3, top_k=2, progress=False
-    )
+
+    def one_score(pairs):
+        return scores[:1, 0]
+
     with pytest.raises(ValueError, match=r"score_pairs gave \(1,\)"):
-        retriever()
-    pairs = listed_pairs(retriever.shortlists())
+        retrieve(lambda rows: scores[rows], one_score, good, images=3, top_k=2, progress=False)
+    pairs = listed_pairs(shortlists(lambda rows: scores[rows], good, images=3, top_k=2, progress=False))
     with pytest.raises(ValueError, match="rank is 2 of world_size 2"):
-        retriever.fine_shard(pairs, rank=2, world_size=2)
+        fine_shard(one_score, pairs, rank=2, world_size=2)
     with pytest.raises(ValueError, match=r"shard 0 of 2 holds 1 scores"):
         merge_shards(pairs, [torch.zeros(1), torch.zeros(0)])
 
