@@ -1,13 +1,15 @@
 """The LightningDataModule of all data sets, which differ only in their records."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.evaluation_data import EvaluationImages, EvaluationSplit, EvaluationTexts
+from datamodules.evaluation_data import EvaluationImages, EvaluationTexts
 from datamodules.readers import read_records
 from datamodules.records import CaptionedImage, of_split
 from datamodules.sampling import TrainingOrder
@@ -15,6 +17,7 @@ from datamodules.tokens import TokenTable, tokenise
 from datamodules.training_data import TrainingLoader, TrainingPairs
 from datamodules.transforms import PHOTOS, Cropping, cropping_of, evaluation_transform, training_transform
 from hacan.errors import UserError
+from hacan.types import Split
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -57,7 +60,7 @@ class PairDataModule(pl.LightningDataModule):
         self._eval_batch_size = eval_batch_size or per_gpu_batchsize
         self._num_workers, self._seed, self._on_bad_image = num_workers, seed, on_bad_image
         self._progress = progress
-        self._splits: dict[str, tuple[EvaluationSplit, TokenTable]] = {}
+        self._splits: dict[str, tuple[Split, TokenTable]] = {}
         self._training: TrainingLoader | None = None
         self._position = (0, 0)
 
@@ -81,7 +84,7 @@ class PairDataModule(pl.LightningDataModule):
             )
         pairs = TrainingPairs(
             paths=np.array(split.paths, dtype=np.str_),
-            image_ids=np.array(split.image_ids, dtype=np.int64),
+            image_ids=np.array(split.ids, dtype=np.int64),
             image_of_text=split.image_of_text.numpy(),
             tokens=tokens,
             transform=self._training_transform if self._load_images else None,
@@ -133,8 +136,8 @@ class PairDataModule(pl.LightningDataModule):
 
     # evaluation
 
-    def eval_split(self, name: str) -> EvaluationSplit:
-        """Return paths, captions and ground truth of a split."""
+    def eval_split(self, name: str) -> Split:
+        """Return a split: images and captions in the order of the records, and their batches."""
         return self._split(name)[0]
 
     def eval_images(self, name: str, rows: Sequence[int] | None = None) -> EvaluationImages:
@@ -153,9 +156,21 @@ class PairDataModule(pl.LightningDataModule):
         _, tokens = self._split(name)
         return EvaluationTexts(tokens, range(len(tokens)) if rows is None else rows, batch_size=self._eval_batch_size)
 
-    def _split(self, name: str) -> tuple[EvaluationSplit, TokenTable]:
+    def _split(self, name: str) -> tuple[Split, TokenTable]:
         if name not in self._splits:
-            split = EvaluationSplit.of_records(name, of_split(self._records, name))
+            records = of_split(self._records, name)
+            counts = torch.tensor([len(record.captions) for record in records], dtype=torch.int64)
+            split = Split(
+                dataset="",
+                name=name,
+                ids=tuple(record.image_id for record in records),
+                captions=tuple(caption for record in records for caption in record.captions),
+                image_of_text=torch.repeat_interleave(torch.arange(len(records)), counts),
+                image_batches=partial(self.eval_images, name),
+                text_batches=partial(self.eval_texts, name),
+                batch_size=self._eval_batch_size,
+                paths=tuple(str(record.path) for record in records),
+            )
             tokens = tokenise(split.captions, self._tokenizer, max_text_len=self._max_text_len, progress=self._progress)
             self._splits[name] = (split, tokens)
         return self._splits[name]

@@ -1,7 +1,6 @@
 """Evaluation data: every image and every caption of a split exactly once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,35 +8,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.loader import UnreadableImage, WatchedLoader, pad_tokens
-from datamodules.records import CaptionedImage
 from datamodules.tokens import TokenTable
 from datamodules.transforms import Transform
 from hacan.errors import UserError
 from hacan.images.io import read_image
 from hacan.images.preprocessing import normalise
-
-
-@dataclass(frozen=True)
-class EvaluationSplit:
-    """N images and their M captions, in the order of the records."""
-
-    name: str
-    paths: tuple[str, ...]  # N
-    image_ids: tuple[int, ...]  # N
-    captions: tuple[str, ...]  # M
-    image_of_text: Tensor  # [M] int64: index in `paths` of the image of caption j
-
-    @classmethod
-    def of_records(cls, name: str, records: Sequence[CaptionedImage]) -> "EvaluationSplit":
-        """Return the split of its records."""
-        counts = torch.tensor([len(record.captions) for record in records], dtype=torch.int64)
-        return cls(
-            name=name,
-            paths=tuple(str(record.path) for record in records),
-            image_ids=tuple(record.image_id for record in records),
-            captions=tuple(caption for record in records for caption in record.captions),
-            image_of_text=torch.repeat_interleave(torch.arange(len(records)), counts),
-        )
 
 
 class EvaluationImages:

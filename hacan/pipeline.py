@@ -176,14 +176,13 @@ def test(
         if evaluation.curve is not None:
             print(f"wrote {run_folder / 'curve.csv'}, curve.png: {evaluation.curve.summary()}")
         if settings.run.report:
-            part = data.eval_split(settings.data.eval_split)
             pretrained = None if tokenizer is None else _pretrained(models[0], tokenizer, settings, device=device)
             report = write_report(
                 run_folder / "report.html",
                 evaluation,
-                paths=part.paths,
-                captions=part.captions,
-                image_of_text=part.image_of_text,
+                paths=split.paths,
+                captions=split.captions,
+                image_of_text=split.image_of_text,
                 pretrained=pretrained,
                 seed=settings.run.seed,
             )
@@ -195,17 +194,8 @@ def split_of(data: Any, settings: Settings, name: str, *, hashed: bool) -> Split
     """Return a split of the data module; `hashed`: with the hash of its images that caching features needs."""
     part = data.eval_split(name)
     preprocessing = f"{settings.data.image_size} {uses_centre_crop(settings.data.datasets)}"
-    return Split(
-        dataset=settings.data.datasets,
-        name=name,
-        ids=part.image_ids,
-        captions=part.captions,
-        image_of_text=part.image_of_text,
-        image_batches=partial(data.eval_images, name),
-        text_batches=partial(data.eval_texts, name),
-        batch_size=settings.data.per_gpu_batchsize,
-        images_hash=f"{hash_of_files(part.paths)} {preprocessing}" if hashed else "",
-    )
+    images_hash = f"{hash_of_files(part.paths)} {preprocessing}" if hashed else ""
+    return part._replace(dataset=settings.data.datasets, images_hash=images_hash)
 
 
 def _judged_ids(settings: Settings, data: Any) -> tuple[list[int], list[int]] | None:

@@ -68,7 +68,7 @@ class HardNegatives(NamedTuple):
 
 
 class Split(NamedTuple):
-    """N images and M captions to evaluate, numbered in the order of the split.
+    """N images and M captions of one split of a data set, numbered in its order.
 
     image_batches(rows) yields (rows [B], pixels [B, 3, H, W]) of the images asked for, text_batches(rows) yields
     (rows [B], token_ids [B, W], mask [B, W]) of the captions, at most `batch_size` at a time and in any order.
@@ -83,6 +83,7 @@ class Split(NamedTuple):
     text_batches: Callable[[Sequence[int]], Iterable[tuple[Tensor, Tensor, Tensor]]]
     batch_size: int
     images_hash: str = ""  # of the image files and their preprocessing; required to cache features
+    paths: Sequence[str] = ()  # N image files
     coco_ids: tuple[Sequence[int], Sequence[int]] | None = None  # of images and captions, for ECCV Caption and CxC
 
 

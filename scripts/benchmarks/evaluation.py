@@ -214,17 +214,7 @@ def benchmark_encoding(options: argparse.Namespace) -> None:
             return finished(device) - start
 
         scorer = build_scorer(model, name="benchmark", device=device)
-        inputs = Split(
-            dataset="drawn",
-            name="test",
-            ids=split.image_ids,
-            captions=split.captions,
-            image_of_text=split.image_of_text,
-            image_batches=lambda rows: data.eval_images("test", rows),
-            text_batches=lambda rows: data.eval_texts("test", rows),
-            batch_size=16,
-            images_hash="drawn",
-        )
+        inputs = split._replace(dataset="drawn", batch_size=16, images_hash="drawn")
 
         def encode(home: Path) -> float:
             start = time.perf_counter()

@@ -363,7 +363,7 @@ def test_splits_without_images_or_captions_are_named(records):
 def test_ground_truth_of_a_split(records):
     split = module(records).eval_split("val")
     assert split.image_of_text.tolist() == [0, 0, 2, 2, 2, 3, 4] and split.image_of_text.dtype == torch.int64
-    assert split.image_ids == (1000, 1001, 1002, 1003, 1004) and len(split.captions) == 7
+    assert split.ids == (1000, 1001, 1002, 1003, 1004) and len(split.captions) == 7
     assert [os.path.basename(path) for path in split.paths] == [f"val {i}.png" for i in range(5)]
 
 
