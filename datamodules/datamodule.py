@@ -1,5 +1,6 @@
 """The LightningDataModule of all data sets, which differ only in their records."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.evaluation_data import EvaluationImages, EvaluationTexts
+from datamodules.evaluation_data import EvaluationImages, EvaluationTexts, unreadable_images
 from datamodules.readers import read_records
 from datamodules.records import CaptionedImage, of_split
 from datamodules.sampling import TrainingOrder
@@ -18,6 +19,8 @@ from datamodules.training_data import TrainingLoader, TrainingPairs
 from datamodules.transforms import PHOTOS, Cropping, cropping_of, evaluation_transform, training_transform
 from hacan.errors import UserError
 from hacan.types import Split
+
+log = logging.getLogger(__name__)
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -156,9 +159,28 @@ class PairDataModule(pl.LightningDataModule):
         _, tokens = self._split(name)
         return EvaluationTexts(tokens, range(len(tokens)) if rows is None else rows, batch_size=self._eval_batch_size)
 
+    def check_images(self, *names: str) -> None:
+        """Raise `UserError` for an unreadable image of an evaluation split; with on_bad_image=skip it is left out."""
+        for name in dict.fromkeys(names):
+            self._split(name)
+            if self._on_bad_image == "error":
+                for _, reason in unreadable_images(of_split(self._records, name), progress=self._progress):
+                    raise UserError(f"{reason}; it is in the {name} split; on_bad_image=skip leaves such images out")
+
+    def _readable(self, name: str, records: list[CaptionedImage]) -> list[CaptionedImage]:
+        bad = {record.path: reason for record, reason in unreadable_images(records, progress=self._progress)}
+        if bad:
+            log.warning(
+                "%s split: %d unreadable image(s) left out, the first: %s", name, len(bad), next(iter(bad.values()))
+            )
+        return [record for record in records if record.path not in bad]
+
     def _split(self, name: str) -> tuple[Split, TokenTable]:
         if name not in self._splits:
             records = of_split(self._records, name)
+            count = len(records)
+            if self._on_bad_image == "skip" and name != "train":
+                records = self._readable(name, records)
             counts = torch.tensor([len(record.captions) for record in records], dtype=torch.int64)
             split = Split(
                 dataset="",
@@ -170,6 +192,7 @@ class PairDataModule(pl.LightningDataModule):
                 text_batches=partial(self.eval_texts, name),
                 batch_size=self._eval_batch_size,
                 paths=tuple(str(record.path) for record in records),
+                left_out=count - len(records),
             )
             tokens = tokenise(split.captions, self._tokenizer, max_text_len=self._max_text_len, progress=self._progress)
             self._splits[name] = (split, tokens)

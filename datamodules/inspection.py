@@ -1,23 +1,18 @@
 """Check a data set split by split before training (`scripts/check_data.py`)."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
-from tqdm import tqdm
-
 from datamodules.captions_file import NAMES as CAPTIONS_FILES
 from datamodules.captions_file import read_captions_file
+from datamodules.evaluation_data import unreadable_images
 from datamodules.files import missing_files
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, Layout, read_karpathy
 from datamodules.readers import read_records
 from datamodules.records import CAPTIONS_PER_IMAGE, SPLITS, CaptionedImage
 from datamodules.scene_drawing import JSON_NAME as SCENES_JSON
 from hacan.errors import UserError
-from hacan.images.io import read_image
 
 SCENES = Layout(folders=("scenes",), image_folders=("",), json_name=SCENES_JSON)  # read from disk, never drawn
 LOOKED_FOR = {
@@ -95,7 +90,7 @@ def inspect_data_set(
     findings.listed_twice = sum(count - 1 for count in Counter(record.path for record in records).values())
     if decode:
         there = [record for record in records if record.path not in missing]
-        for record, reason in _undecodable(there, progress=progress):
+        for record, reason in unreadable_images(there, progress=progress):
             findings.splits[record.split].unreadable.append(reason)
     return findings
 
@@ -106,25 +101,6 @@ def _listed_records(name: str, data_root: Path, *, use_restval: bool) -> list[Ca
     if name == "captions":
         return read_captions_file(data_root, check_files=False)
     return read_records(name, data_root, use_restval=use_restval, captions_per_image=0, check_files=False)
-
-
-def _undecodable(records: Sequence[CaptionedImage], *, progress: bool) -> Iterator[tuple[CaptionedImage, str]]:
-    def reason(record: CaptionedImage) -> str | None:
-        try:
-            read_image(record.path)
-        except UserError as error:
-            return str(error)
-        return None
-
-    threads = cv2.getNumberOfCPUs()
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(records), unit="image", disable=not progress) as bar:
-        bar.set_description("decoding")
-        for start in range(0, len(records), 1024):  # map() submits everything at once; this bounds the queue
-            part = records[start : start + 1024]
-            for record, found in zip(part, pool.map(reason, part), strict=True):
-                bar.update()
-                if found is not None:
-                    yield record, found
 
 
 def describe(findings: Findings, *, most: int = 10) -> str:

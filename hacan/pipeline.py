@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hacan.checkpoints.checkpoint import DESCRIPTION, describe_model, read_checkpoint
 from hacan.checkpoints.loading import MODEL_DATA_KEYS
 from hacan.checkpoints.pretrained import Pretrained
-from hacan.errors import UserError
+from hacan.errors import UserError, is_first_process
 from hacan.images.preprocessing import uses_centre_crop
 from hacan.models.hacan import HACAN
 from hacan.report.page import write_report
@@ -53,7 +52,7 @@ def train(
     settings: Settings,
     model: HACAN,
     tokenizer: PreTrainedTokenizerBase,
-    data: pl.LightningDataModule,
+    data: Any,
     *,
     run_folder: Path,
     home: Path,
@@ -62,6 +61,8 @@ def train(
 
     run_folder: of this run's logs and checkpoints; home: of all runs of this exp_name.
     """
+    if is_first_process():  # problems of the data are reported before the first epoch
+        data.check_images("val", settings.data.eval_split)
     resume = checkpoint_to_resume(settings, home)
     folder = settings.run.save_path or (resume.parent if resume is not None else run_folder / "checkpoints")
     if resume is not None:

@@ -89,7 +89,7 @@ class DataSettings:
         "largest number of pairs per forward pass of a process; gradients accumulate up to batch_size", low=1
     )
     num_workers: int = _key("processes that decode images; 0: the training process", low=0, high=1024)
-    on_bad_image: str = _key("unreadable image in training", choices=("error", "skip"))
+    on_bad_image: str = _key("unreadable image; skip: left out, and reported", choices=("error", "skip"))
     scenes_pictures: tuple[int, ...] = _key("embedded demo: number of images drawn for train, val and test")
 
 

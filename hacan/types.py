@@ -84,6 +84,7 @@ class Split(NamedTuple):
     batch_size: int
     images_hash: str = ""  # of the image files and their preprocessing; required to cache features
     paths: Sequence[str] = ()  # N image files
+    left_out: int = 0  # unreadable images, which are not among the N
     coco_ids: tuple[Sequence[int], Sequence[int]] | None = None  # of images and captions, for ECCV Caption and CxC
 
 

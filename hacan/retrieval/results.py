@@ -114,6 +114,7 @@ def summarise(
         "protocol": f"mean of {len(ranks)} folds, each ranked on its own" if protocol.fold5 else "whole split",
         "images": len(split.ids),
         "texts": len(split.captions),
+        **({"left_out": split.left_out} if split.left_out else {}),
         "queries_i2t": sum(len(fold[0]) for fold in ranks),
         "queries_t2i": sum(len(fold[1]) for fold in ranks),
         "ids_hash": content_hash([list(split.ids), list(split.captions), split.image_of_text.tolist()]),
@@ -192,12 +193,13 @@ def format_table(evaluation: Evaluation) -> str:
 def _title(evaluation: Evaluation) -> str:
     record = evaluation.provenance
     model = alignment_title(record)
+    left_out = f" ({record['left_out']} unreadable images left out)" if record.get("left_out") else ""
     if record["ensemble"]:
         names = ", ".join(member["checkpoint"] for member in record["members"])
         model = f"ENSEMBLE of {len(record['members'])} models, scores averaged ({names}): {model}"
     return (
         f"{record['dataset']} {record['split']}, {record['protocol']}: {record['images']:,} images, "
-        f"{record['texts']:,} texts; coarse score: {record['coarse']}\n{model}"
+        f"{record['texts']:,} texts{left_out}; coarse score: {record['coarse']}\n{model}"
     )
 
 

@@ -317,9 +317,26 @@ def test_a_batch_without_readable_images_is_yielded_empty(spoilt, num_workers):
 def test_evaluation_needs_every_image(records, tmp_path):
     bad = [CaptionedImage(tmp_path / "gone.png", ("x",), 1, "val"), *records]
     for num_workers in (0, 1):
-        data = module(bad, num_workers=num_workers, on_bad_image="skip")
+        data = module(bad, num_workers=num_workers)
         message = error_of(list, data.eval_images("val"))
-        assert "gone.png" in message and "evaluation" in message
+        assert "gone.png" in message and "on_bad_image=skip evaluates without" in message
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_unreadable_images_of_an_evaluation_are_named_in_advance_or_left_out(records, tmp_path, name, caplog):
+    (tmp_path / "damaged.png").write_bytes(b"not an image")
+    whole = [record for record in records if record.split == "val"]
+    bad = CaptionedImage(tmp_path / "damaged.png", ("x", "y"), 77, name)
+    listed = [*records, *(CaptionedImage(one.path, one.captions, one.image_id, "test") for one in whole), bad]
+    message = error_of(module(listed).check_images, "val", "test")
+    assert "damaged.png" in message and f"in the {name} split" in message and "on_bad_image=skip" in message
+    data = module(listed, on_bad_image="skip")
+    data.check_images("val", "test")
+    split = data.eval_split(name)
+    assert (len(split.ids), split.left_out) == (len(whole), 1) and 77 not in split.ids
+    assert len(split.captions) == len(split.image_of_text) == sum(len(record.captions) for record in whole)
+    assert f"{name} split: 1 unreadable image(s) left out" in caplog.text
+    assert sum(len(rows) for rows, _ in data.eval_images(name)) == len(whole)
 
 
 def kill_self(_):
