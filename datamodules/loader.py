@@ -1,5 +1,6 @@
 """Collate training pairs, and load batches in worker processes that are stopped at once when one fails."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -101,5 +102,6 @@ class WatchedLoader:
 
 
 def _quiet_worker(_: int) -> None:
-    """Use one thread per worker, because OpenCV's thread pool does not survive a fork."""
+    """Use one thread, because OpenCV's pool does not survive a fork, and leave Ctrl-C to the training process."""
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Lightning callbacks: checkpoints that allow exact resumption, a clean end on SIGTERM, logs of short epochs."""
+"""Lightning callbacks: checkpoints that allow exact resumption, a clean end on signals, logs of short epochs."""
 
 import os
 import shutil
@@ -19,6 +19,7 @@ from hacan.errors import UserError
 from hacan.lock import FolderLock
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def epoch_is_complete(trainer: pl.Trainer) -> bool:
@@ -37,9 +38,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, whose metric it needs
     """Save last.ckpt after every epoch (its predecessor as previous.ckpt) and best.ckpt by the validation metric.
 
-    On SIGTERM (sent by SLURM before the time limit) it finishes the current optimiser step, saves last.ckpt and ends
-    the training; `resume_from=last` continues with the next batch. `every_minutes` > 0 also saves last.ckpt within an
-    epoch, which bounds the loss of a kill -9.
+    On SIGTERM (sent by SLURM before the time limit), SIGHUP and Ctrl-C it finishes the current optimiser step, saves
+    last.ckpt and ends the training; `resume_from=last` continues with the next batch. `every_minutes` > 0 also saves
+    last.ckpt within an epoch, which bounds the loss of a kill -9.
 
     Lightning's ModelCheckpoint is not used because resumption would not be exact: it saves between accumulated batches,
     an interrupted epoch skips the validation, and its state holds absolute paths.
@@ -52,7 +53,7 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
         self.interrupted = False
         self._lock: FolderLock | None = None
         self._saved_at = time.monotonic()
-        self._handler_before: Any = None
+        self._handlers_before: dict[int, Any] = {}
 
     @property
     def state_key(self) -> str:
@@ -99,17 +100,19 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
             self._lock.release()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the SIGTERM handler."""
+        """Install the signal handlers."""
         self._saved_at = time.monotonic()
-        self._handler_before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._handlers_before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
-    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.interrupted:  # the second Ctrl-C
+            raise KeyboardInterrupt
         self.interrupted = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save within an epoch on SIGTERM or after `every_minutes`, at the end of an optimiser step.
+        """Save within an epoch on a signal or after `every_minutes`, at the end of an optimiser step.
 
         Not after the last batch, where `on_train_epoch_end` saves: a run resumed here would skip the validation.
         """
@@ -135,7 +138,7 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
     def _stop_if_interrupted(self, trainer: pl.Trainer) -> None:
         self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
         if self.interrupted:
-            rank_zero_info(f"SIGTERM: saved {self.folder / LAST}; continue with resume_from=last")
+            rank_zero_info(f"interrupted: saved {self.folder / LAST}; continue with resume_from=last")
             trainer.should_stop = True
 
     def _save(self, trainer: pl.Trainer, *, as_best: bool = False) -> None:
@@ -156,8 +159,9 @@ class KeepCheckpoints(Checkpoint):  # a Checkpoint is called after the module, w
         self._saved_at = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the previous SIGTERM handler."""
-        signal.signal(signal.SIGTERM, self._handler_before)
+        """Restore the previous signal handlers."""
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the folder."""

@@ -75,4 +75,6 @@ def checkpoint_to_resume(settings: Settings, home: Path) -> Path | None:
     if not found:
         where = settings.run.save_path or f"{home}/*/checkpoints"
         raise UserError(f"resume_from=last: there is no {LAST} in {where}; give the checkpoint's path")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    # By the number of the run: time stamps are wrong after a change of the clock.
+    numbers = {path: path.parent.parent.name for path in found}
+    return max(found, key=lambda path: int(numbers[path]) if numbers[path].isdigit() else -1)

@@ -13,9 +13,9 @@ from hacan import pipeline
 from hacan.errors import UserError
 from hacan.lock import OWNER
 from hacan.settings import Settings
-from hacan.training.callbacks import BEST, LAST, PREVIOUS, KeepCheckpoints
+from hacan.training.callbacks import BEST, LAST, PREVIOUS, SIGNALS, KeepCheckpoints
 from hacan.training.module import TrainingModule
-from hacan.training.resume import check_same_run
+from hacan.training.resume import check_same_run, checkpoint_to_resume
 
 PARTS = ("state_dict", "optimizer_states", "callbacks", "PairDataModule", "global_step", "epoch")
 EXACT = {  # 60 pairs: 3 steps of 2 batches an epoch; backbones wake up in the second, the rate falls in the third
@@ -90,6 +90,14 @@ def sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def sigint():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def sighup():
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
 WHOLE = {}
 
 
@@ -124,15 +132,20 @@ def test_a_killed_run_ends_as_if_it_had_not_been(settings_in, kill_at, whole, tm
 
 
 # in the middle of a step, in the last epoch, at its very end
-@pytest.mark.parametrize("batches", [9, pytest.param(15, marks=pytest.mark.slow), 18])
-def test_sigterm_saves_and_ends_and_the_rest_follows(settings_in, kill_at, whole, tmp_path, batches, monkeypatch):
+@pytest.mark.parametrize(
+    ("batches", "send"),
+    [(9, sigterm), (9, sigint), (9, sighup), pytest.param(15, sigterm, marks=pytest.mark.slow), (18, sigterm)],
+)
+def test_a_signal_saves_and_ends_and_the_rest_follows(
+    settings_in, kill_at, whole, tmp_path, batches, send, monkeypatch
+):
     validated = []
     validate = pipeline.validate
     monkeypatch.setattr(pipeline, "validate", lambda *a, **k: validated.append(1) or validate(*a, **k))
-    before = signal.getsignal(signal.SIGTERM)
-    kill_at(batches, sigterm)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    kill_at(batches, send)
     assert train_here(settings_in(tmp_path), tmp_path) is None
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
     assert len(validated) == batches // 6  # the epoch that was cut short waits for no validation
     monkeypatch.undo()
     best = train_here(settings_in(tmp_path, resume_from="last"), tmp_path)
@@ -247,3 +260,13 @@ def test_sigkill_in_the_middle_of_an_epoch_costs_nothing(whole, pictures, tmp_pa
     assert "resuming from" in done.stderr
     assert not (checkpoints / OWNER).exists()
     same_end(checkpoints, whole)
+
+
+def test_last_is_the_highest_run_number_whatever_the_time_stamps(settings_in, tmp_path):
+    for number, stamp in ((2, 3_000_000_000), (10, 1_000_000_000), (9, 2_000_000_000)):
+        path = tmp_path / "home" / str(number) / "checkpoints" / LAST
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (stamp, stamp))
+    settings = settings_in(tmp_path, resume_from="last", save_path="")
+    assert checkpoint_to_resume(settings, tmp_path / "home") == tmp_path / "home" / "10" / "checkpoints" / LAST
