@@ -1,6 +1,5 @@
 """Custom data: `captions.csv` or `captions.jsonl` with image, caption and optionally split, beside the images."""
 
-import csv
 import hashlib
 import logging
 import posixpath
@@ -19,6 +18,7 @@ from datamodules.files import (
     safe_path,
 )
 from datamodules.records import SPLIT_NAMES, SPLITS, CaptionedImage
+from hacan.csv_file import csv_columns, read_csv
 from hacan.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -98,29 +98,15 @@ def split_of_name(image: str) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            columns = [name.strip().lower() for name in next(reader, [])]
-            missing = [name for name in ("image", "caption") if name not in columns]
-            if missing:
-                raise UserError(
-                    f"{path} has no column {' and no column '.join(missing)}: its first line is {','.join(columns)!r}, "
-                    "expected image,caption or image,caption,split"
-                )
-            for cells in reader:
-                if not cells:
-                    continue
-                place = f"{path}, line {reader.line_num}"
-                if len(cells) != len(columns):
-                    raise UserError(
-                        f"{place} has {len(cells)} cells, expected {len(columns)} ({', '.join(columns)}); "
-                        'put a caption with commas between double quotes: dog.jpg,"a dog, running"'
-                    )
-                row = dict(zip(columns, cells, strict=True))
-                yield Row(row["image"].strip(), row["caption"], row.get("split", "").strip() or None, place)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
+    columns = csv_columns(path)
+    missing = [name for name in ("image", "caption") if name not in columns]
+    if missing:
+        raise UserError(
+            f"{path} has no column {' and no column '.join(missing)}: its first line is {','.join(columns)!r}, "
+            "expected image,caption or image,caption,split"
+        )
+    for place, row in read_csv(path):
+        yield Row(row["image"].strip(), row["caption"], row.get("split", "").strip() or None, place)
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:

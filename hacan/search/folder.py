@@ -1,10 +1,10 @@
 """Sources of an index: the images of a folder, and the texts of a CSV file."""
 
-import csv
 import hashlib
 import os
 from pathlib import Path
 
+from hacan.csv_file import csv_columns, read_csv
 from hacan.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -41,19 +41,13 @@ def hash_of_text(text: str) -> str:
 def texts_of_csv(path: str | Path) -> list[str]:
     """Return the distinct texts of a CSV file with a column `caption` or `text`, in the order of the file."""
     path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = {name.strip().lower(): name for name in reader.fieldnames or [] if name}
-            column = next((columns[name] for name in COLUMNS if name in columns), None)
-            if column is None:
-                raise UserError(
-                    f"{path} has the columns {', '.join(columns) or '(none)'}; expected one called caption or text in "
-                    "its first line"
-                )
-            texts = [(row[column] or "").strip() for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}; save it as CSV in UTF-8") from error
+    columns = csv_columns(path)
+    column = next((name for name in COLUMNS if name in columns), None)
+    if column is None:
+        raise UserError(
+            f"{path} has the columns {', '.join(columns) or '(none)'}; expected caption or text in its first line"
+        )
+    texts = [row[column].strip() for _, row in read_csv(path)]
     texts = list(dict.fromkeys(text for text in texts if text))
     if not texts:
         raise UserError(f"{path} holds no text in its column {column!r}")

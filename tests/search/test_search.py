@@ -304,7 +304,7 @@ def test_texts_come_from_a_csv_file(tmp_path):
     path = tmp_path / "texts.csv"
     path.write_text('\ufeffimage,Caption\na.jpg,"A dog, running"\nb.jpg,\nc.jpg, cat \nd.jpg,cat\n', encoding="utf-8")
     assert texts_of_csv(path) == ["A dog, running", "cat"]
-    for content, message in (("image,words\na,b\n", "expected one called caption or text"), ("text\n \n", "no text")):
+    for content, message in (("image,words\na,b\n", "expected caption or text"), ("text\n \n", "no text")):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             texts_of_csv(path)
