@@ -42,7 +42,7 @@ ANY_JSON = st.recursive(
 
 @st.composite
 def damaged(draw, content):
-    """`content` with one node, at any depth, replaced by any JSON, or with one key gone."""
+    """`content` with one node replaced by any JSON value, or one key removed."""
     copy = json.loads(json.dumps(content))
     holder, key = None, None
     node = copy
@@ -63,7 +63,7 @@ def nested(depth, value):
 
 
 def records_or_user_error(read):
-    """Either records that all hold what they promise, or one line."""
+    """Return valid records, or check that the error is one line."""
     try:
         records = read()
     except UserError as error:

@@ -38,7 +38,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def make_settings():
-    """Settings of the tiny model, with what a test wants otherwise."""
+    """Return the settings of the tiny model with changes."""
     run = ex._create_run("print_config")
     defaults = dict(run.config.items())
     return lambda **updates: Settings.from_flat({**defaults, **TINY, **updates})

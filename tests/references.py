@@ -200,7 +200,7 @@ def _batched_ksf(queries, sources):
 
 
 def all_pairs(fine, images, texts, **arguments):
-    """The score matrix [N, M] of a twin `fine`: a loop over images and captions, padding cut away by the mask."""
+    """The score matrix [N, M] of a reference `fine`: a loop over images and captions without padding."""
     rows = []
     for i in range(len(images.high)):
         image = (images.high[i], images.mid[i])

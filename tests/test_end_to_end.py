@@ -89,7 +89,7 @@ def test_resume_goes_on_in_the_same_folder(run, tmp_path):
 
 @pytest.mark.slow
 def test_test_only_repeats_the_figures_and_an_ensemble_has_two_members(run, tmp_path):
-    """The checkpoint's own architecture holds, whatever the config says."""
+    """The architecture of the checkpoint is used, whatever the config says."""
     _, arguments, home = run
     best, last = (home / "1" / "checkpoints" / name for name in (BEST, LAST))
     updates = {**arguments, "log_dir": tmp_path, "test_only": True}

@@ -29,7 +29,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def kernels():
-    """As they were, once a test has asked for deterministic ones."""
+    """Restore the kernels after a test that requires deterministic ones."""
     yield
     torch.use_deterministic_algorithms(False)
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

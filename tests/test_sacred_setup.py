@@ -89,7 +89,7 @@ def test_a_run_starts_without_a_git_executable(tmp_path):
 
 @pytest.mark.parametrize("state", ["no commits", "another owner"])
 def test_a_run_starts_in_a_repository_that_git_cannot_read(tmp_path, state):
-    """The working tree as a link farm, so that the repository is another one."""
+    """A folder of links to the working tree, outside of the repository."""
     for entry in ("run.py", "config.py", "hacan", "datamodules"):
         source = ROOT / entry
         subprocess.run(["cp", "-r", str(source), str(tmp_path / entry)], check=True)

@@ -23,7 +23,7 @@ NAMED = ("coco_config", "f8k_config", "release_config", "revised_config", "demo_
 
 
 def flat(*named, **updates):
-    """The flat config that Sacred would hand to run.py."""
+    """Return the flat config that Sacred passes to run.py."""
     run = ex._create_run("print_config", config_updates={"data_root": "/data", **updates}, named_configs=named)
     return dict(run.config.items())
 

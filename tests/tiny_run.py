@@ -40,7 +40,7 @@ def settings_of(folder, **updates):
 
 
 def command_of(*words, named="demo_config", script="run.py", launcher=(sys.executable,), **updates):
-    """The words of `python run.py with ...`, or of another launcher."""
+    """Return the words of `python run.py with ...`, or of another launcher."""
     assigned = [
         f"{key}={value!r}" if isinstance(value, str) and "=" in value else f"{key}={value}"
         for key, value in updates.items()
@@ -49,7 +49,7 @@ def command_of(*words, named="demo_config", script="run.py", launcher=(sys.execu
 
 
 def environment(**more):
-    """This process's environment: no network, one thread for each process of a run."""
+    """Return the environment of a run: no network, one thread per process."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 

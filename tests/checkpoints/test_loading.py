@@ -267,7 +267,7 @@ def test_a_checkpoint_of_lightning_1_3_opens_with_the_alignment_of_its_code(
 
 
 class CallsTouch:
-    """Its pickle runs a command when it is read."""
+    """An object whose pickle runs a command when it is read."""
 
     def __init__(self, path):
         self.path = path

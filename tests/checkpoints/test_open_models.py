@@ -19,7 +19,7 @@ def never(name):
 
 @pytest.fixture
 def written(make_model, make_settings, tokenizer, tmp_path):
-    """Writes a checkpoint of ours, with other settings where a test wants them; its path."""
+    """Write a checkpoint of ours with changed settings; return its path."""
 
     def write(name="best.ckpt", vocabulary=tokenizer, **updates):
         model = make_model()
@@ -47,7 +47,7 @@ def test_a_checkpoint_of_ours_brings_its_model_tokenizer_and_sizes(written, make
 
 @pytest.mark.parametrize("name", ["release.ckpt", "release.safetensors", "release.pth"])
 def test_the_release_comes_as_it_was(make_settings, tokenizer, tmp_path, pixels, captions, caplog, name):
-    """Through the user's way: the same features, and a list of what went where, was ignored, or is missing."""
+    """Opened as a user does: equal features, and lists of mapped and ignored tensors."""
     release, path = Release(), str(tmp_path / name)
     state = {key: value.contiguous() for key, value in release.state().items()}
     if name.endswith(".safetensors"):

@@ -142,7 +142,7 @@ def test_bad_images_and_bombs_are_one_line(trained, tmp_path):
 
 
 def test_odd_captions_are_captions(trained):
-    """Very long ones are cut, empty ones are [CLS] [SEP]; no emoji, half emoji or NUL spoils its neighbours."""
+    """Long captions are truncated, empty ones are [CLS] [SEP]; emoji, lone surrogates and NUL do not affect others."""
     loaded = hacan.load_pretrained(trained[1])
     odd = ["a dog " * 5000, "", " \n\t", "\U0001f415 dog", "\ud83d", "\0", "a\0dog", "a dog"]
     texts = loaded.encode_texts(odd)
@@ -313,7 +313,7 @@ def test_onnx_that_disagrees_is_not_left_behind(make_model, tokenizer, tmp_path)
 
 
 class NoisyWhenAsked(torch.nn.Module):
-    """Something that a trace cannot hold: it adds its count of calls."""
+    """A module that cannot be traced: it adds its number of calls."""
 
     calls = 0
 

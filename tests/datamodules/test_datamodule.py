@@ -306,7 +306,7 @@ def test_skipped_images_are_counted_and_reported(spoilt, records, num_workers, c
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_batch_without_readable_images_is_yielded_empty(spoilt, num_workers):
-    """Several processes take the same number of batches each, whoever has the bad images."""
+    """All processes take the same number of batches, whichever has the bad images."""
     only = [record for record in spoilt if record.image_id in (1002, 1005)]
     loader = module(only, on_bad_image="skip", num_workers=num_workers).train_dataloader()
     batches = list(loader)
@@ -437,7 +437,7 @@ def test_shards_of_a_split(records):
 
 
 class Recorder(pl.LightningModule):
-    """Writes down every batch it is given; stops after `stop_after` of them, as a killed process does."""
+    """Record every batch; stop after `stop_after` of them, as a killed process does."""
 
     def __init__(self, checkpoint=None, stop_after=None):
         super().__init__()

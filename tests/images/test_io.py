@@ -139,7 +139,7 @@ def test_the_size_in_the_header_is_checked_before_decoding(kind, height, width, 
 
 
 def test_the_decoded_size_is_checked_too(monkeypatch):
-    """Two parsers may disagree about a file."""
+    """The header parser and the decoder can disagree about a file."""
     monkeypatch.setattr("hacan.images.io._size_in_header", lambda content, name: (16, 16))
     assert "x has 46 x 30 pixels" in error_of(decode_image, encoded("jpg"), name="x", max_pixels=1000)
 

@@ -89,7 +89,7 @@ def test_vit_regions_leave_the_prefix_tokens_out():
 
 
 def test_no_parameter_is_without_use():
-    """Else DDP waits for gradients that never come, and checkpoints carry a head that nothing reads."""
+    """Unused parameters would block DDP and enlarge checkpoints."""
     for name, (_, size, *_) in IMAGE_BACKBONES.items():
         encoder = ImageEncoder(backbone=image_backbone(name), levels=(-2, -1))
         features = encoder(torch.randn(2, 3, size, size))

@@ -19,7 +19,7 @@ DEPTHS, DIMS = [1, 1, 2, 1], [8, 12, 20, 28]
 
 
 class Words:
-    """A tokenizer, as far as the model must know it."""
+    """The part of a tokenizer that the model needs."""
 
     pad_token_id = 3
 

@@ -55,7 +55,7 @@ def test_batch_of_one_and_padding_change_no_score(make_model, pixels, captions):
 
 
 def step(model, pixels, captions, rate=0.5):
-    """One step of gradient descent on all that can learn."""
+    """One step of gradient descent on all parameters."""
     images, texts = model.encode_images(pixels), model.encode_texts(*captions)
     (model.score(images, texts).square().sum() + model.global_similarity(images, texts).sum()).backward()
     with torch.no_grad():

@@ -201,7 +201,7 @@ COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, 
 
 
 class CellColours:
-    """Stands for a model: a region is the mean colour of its cell, a word the colour that it names."""
+    """A model whose regions are the mean colours of their cells and whose words are colours."""
 
     def __init__(self, tokenizer, alignment):
         self.tokenizer, self.max_text_len, self.image_size, self.centre_crop = tokenizer, 12, 48, False
@@ -221,7 +221,7 @@ class CellColours:
 
 @pytest.mark.parametrize("alignment", [make_hybrid(), make_hybrid(direction="both"), RevisedAlignment(direction="t2i")])
 def test_the_map_of_a_word_is_high_at_its_region(tokenizer, alignment):
-    """Red at the lower left, blue at the upper right of a image of 60 x 90 pixels."""
+    """An image of 60 x 90 pixels, red at the lower left and blue at the upper right."""
     picture = np.full((60, 90, 3), 128, np.uint8)
     picture[40:, :45] = (255, 0, 0)
     picture[:20, 45:] = (0, 0, 255)
@@ -333,7 +333,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(html.parser.HTMLParser):
-    """Reads a page: every tag is closed, every address, all text."""
+    """Parser that checks closed tags and collects addresses and text."""
 
     def __init__(self, text):
         super().__init__()

@@ -23,7 +23,7 @@ def canvases(browser):
 
 
 def wait_for_word(browser, number):
-    """Until this word is chosen and drawn; its text."""
+    """Wait until this word is selected and drawn; return its text."""
     browser.wait(f"document.querySelectorAll('.words button')[{number}].getAttribute('aria-pressed') === 'true'")
     text = browser.run(f"return document.querySelectorAll('.words button')[{number}].textContent")
     browser.wait(f"document.querySelector('[aria-live]').textContent === 'heatmaps of the word {text}'")

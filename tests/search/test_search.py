@@ -40,7 +40,7 @@ def pretrained(make_model, tokenizer):
 
 @pytest.fixture
 def trained_checkpoint(pretrained, make_settings, tokenizer, tmp_path):
-    """The same model as a training leaves it."""
+    """The same model in training mode."""
     description = describe_model(pretrained.model, make_settings(datasets="f8k"), tokenizer)
     path = tmp_path / "best.ckpt"
     atomic_save({"state_dict": pretrained.model.state_dict(), "hacan": description}, path)
@@ -80,7 +80,7 @@ def index(pretrained, folder, tmp_path):
 
 
 def counted(index, monkeypatch):
-    """How many images are encoded from now on."""
+    """Count the images that are encoded."""
     numbers, encode = [], index.pretrained.encode_images
     monkeypatch.setattr(
         index.pretrained, "encode_images", lambda pictures: numbers.append(len(pictures)) or encode(pictures)

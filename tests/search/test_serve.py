@@ -250,7 +250,7 @@ def open_browser(tmp_path):
 
 
 def drop(browser, content):
-    """Drop a file of that content on the page, the answer to the question before it having been shown."""
+    """Drop a file with this content on the page after the previous answer is shown."""
     browser.run(
         f"const bytes = Uint8Array.from(atob('{base64.b64encode(content).decode()}'), (c) => c.charCodeAt(0));"
         "const carried = new DataTransfer(); carried.items.add(new File([bytes], 'dropped.png'));"

@@ -17,7 +17,7 @@ from hacan.training.callbacks import BEST, LAST, PREVIOUS, AtomicCheckpointIO, K
 
 
 class Tiny(pl.LightningModule):
-    """One weight that moves by one a step, and the Rsum of each epoch as told."""
+    """A module with one weight that grows by one per step, and a given Rsum per epoch."""
 
     def __init__(self, rsums):
         super().__init__()

@@ -36,7 +36,7 @@ def test_warnings_that_matter_are_shown():
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_still_gives_its_tips_in_the_words_that_are_left_out(caplog, tmp_path, monkeypatch):
-    """Its next version may have others: then these here are to be changed."""
+    """A new version of the package may have other numbers; then update these."""
     for talker in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         monkeypatch.setattr(logging.getLogger(talker), "filters", [])
     with caplog.at_level(logging.INFO):

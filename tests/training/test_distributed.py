@@ -28,7 +28,7 @@ STILL = (  # no dropout in the text encoder: each process would draw its own
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same training by one process of 10 pairs a batch and by two of 5, with backbones that wake up."""
+    """The same training by one process with 10 pairs a batch and two with 5, with backbones that are unfrozen."""
     folder = tmp_path_factory.mktemp("runs")
     arguments = {
         **TINY_DEMO,
@@ -185,7 +185,7 @@ def slurm(folder, **updates):
 
 
 def ended(processes):
-    """What both printed; none is left behind, whatever happens."""
+    """Return what both printed; no process is left running."""
     try:
         return [process.communicate(timeout=300) for process in processes]
     finally:

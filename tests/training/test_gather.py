@@ -20,7 +20,7 @@ IMAGE_IDS = [0, 1, 1, 2, 3, 4, 5, 5]
 
 
 class Projections(nn.Module):
-    """The smallest thing with parameters on both sides of the scores."""
+    """A small model with parameters on both sides of the scores."""
 
     def __init__(self):
         super().__init__()

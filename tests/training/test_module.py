@@ -78,7 +78,7 @@ def test_the_mean_reduction_divides_by_the_pairs(make_training, batch):
 
 
 def test_the_sum_reduction_counts_the_pairs_of_the_optimiser_step(make_training, batch):
-    """Accumulated gradients are averaged: half a step must weigh as the whole step's pairs."""
+    """Accumulated gradients are averaged, so a half step counts twice."""
     _, _, _, whole = losses_in(make_training(), 0, batch)
     _, _, _, half = losses_in(make_training(batch_size=10, per_gpu_batchsize=5), 0, batch)
     assert half["triplet"] == pytest.approx(2 * whole["triplet"], rel=1e-5)
@@ -102,7 +102,7 @@ def test_the_learning_rate_falls_tenfold_every_ten_epochs(make_training):
 
 
 class Frozen(pl.Callback):
-    """Notes after each epoch which parts have moved since its start."""
+    """Record after each epoch which parts have changed in it."""
 
     def __init__(self):
         self.moved = []

@@ -27,7 +27,7 @@ EXACT = {  # 60 pairs: 3 steps of 2 batches an epoch; backbones wake up in the s
 
 
 class Killed(Exception):
-    """Stands for SIGKILL within this process."""
+    """Raised in place of a SIGKILL."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def settings_in(pictures):
-    """Settings of the tiny demo whose checkpoints lie in `folder`."""
+    """Return the settings of the tiny demo with checkpoints in `folder`."""
     run = ex._create_run("print_config", named_configs=["demo_config"])
     defaults = dict(run.config.items())
 
@@ -59,7 +59,7 @@ def settings_in(pictures):
 
 @pytest.fixture
 def kill_at(monkeypatch):
-    """Checkpoints after every step, and an end after so many batches: `how` is called there."""
+    """Save after every step, and call `how` after a number of batches."""
 
     def install(batches, how):
         class Until(KeepCheckpoints):
