@@ -12,6 +12,7 @@ Named configs: coco_config, f8k_config, release_config, revised_config, demo_con
 
 """
 
+import json
 import logging
 import os
 import warnings
@@ -25,6 +26,7 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on to
 from sacred.run import Run  # noqa: E402
 
 from config import ex  # noqa: E402
+from datamodules.files import check_root  # noqa: E402
 from hacan.errors import is_first_process, one_line_errors, require_writable  # noqa: E402
 from hacan.public_config import ignored_keys  # noqa: E402
 from hacan.sacred_setup import RunRecord  # noqa: E402
@@ -42,6 +44,8 @@ def prepare_run(config: dict[str, Any], command_name: str, logger: Any) -> dict[
             from hacan.alignment import form_of  # imports torch
 
             form_of(settings.model.alignment)
+            if settings.data.datasets != "scenes":  # the demo draws its images there
+                check_root(Path(settings.data.data_root))
             run = settings.run
             require_writable(Path(run.log_dir) / run.exp_name, key=f"log_dir={run.log_dir}")
         if is_first_process():
@@ -74,7 +78,10 @@ def main(_run: Run, _config: dict[str, Any]) -> dict[str, float]:
         from hacan import pipeline
         from hacan.checkpoints.loading import open_checkpoint, open_models
 
-        models, tokenizer, settings = open_models(settings, load_tokenizer)
+        typed = [word.partition("=")[0] for word in _run.meta_info["options"]["UPDATE"] if "=" in word]
+        models, tokenizer, settings = open_models(settings, load_tokenizer, typed=typed)
+        if _run.observers:  # config.json has what was typed, this file what is used
+            (folder / "settings.json").write_text(json.dumps(settings.to_flat(), indent=1) + "\n")
         data = build_data(settings, tokenizer)
         names = list(settings.run.checkpoint)
         if not settings.run.test_only:

@@ -140,6 +140,12 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, updates, words):
     assert all(word in lines[0] for word in words), lines
 
 
+def test_a_wrong_data_root_leaves_no_run_folder(tmp_path):
+    done = run_py(named=None, data_root=tmp_path / "nothing", log_dir=tmp_path / "result")
+    assert done.returncode == 2 and "does not exist" in done.stderr
+    assert not list((tmp_path / "result").glob("*/*"))
+
+
 def test_sacreds_own_commands_work():
     done = run_py("print_config", named="coco_config")
     assert done.returncode == 0, done.stderr

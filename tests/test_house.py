@@ -106,7 +106,7 @@ BUDGETS = {
     "hacan/models": 695,
     "hacan/alignment": 500,
     "hacan/training": 530,
-    "hacan/checkpoints": 660,
+    "hacan/checkpoints": 680,
     "hacan/images": 120,
     "hacan/retrieval": 1575,
     "hacan/report": 700,

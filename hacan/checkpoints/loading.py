@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,12 +120,16 @@ def open_checkpoint(
 
 
 def open_models(
-    settings: Settings, load_tokenizer: Callable[[str], PreTrainedTokenizerBase]
+    settings: Settings,
+    load_tokenizer: Callable[[str], PreTrainedTokenizerBase],
+    *,
+    typed: Collection[str] = (),
 ) -> tuple[list[HACAN], PreTrainedTokenizerBase, Settings]:
     """Return the models of a run (those of `checkpoint`, or a new one), their tokenizer, and the effective settings.
 
     A checkpoint of ours determines architecture, alignment, tokenizer, image_size and max_text_len, whatever the config
-    says. The members of an ensemble must agree on the last three, because they get the same pixels and tokens.
+    says; raise `UserError` if one of the `typed` keys contradicts it. The members of an ensemble must agree on the last
+    three, because they get the same pixels and tokens.
     """
 
     def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
@@ -160,7 +164,7 @@ def open_models(
     ]
     models = [checkpoint.model for checkpoint in opened]
     first = next((checkpoint for checkpoint in opened if checkpoint.description is not None), opened[0])
-    settings = dataclasses.replace(settings, model=first.settings)
+    given, settings = settings, dataclasses.replace(settings, model=first.settings)
     if first.description is None:
         tokenizer = tokenizer_of(settings.data.tokenizer)
         for path, model in zip(settings.run.checkpoint, models, strict=True):
@@ -169,7 +173,21 @@ def open_models(
     _check_ensemble(settings.run.checkpoint, opened)
     stored = {key: first.description["settings"][key] for key in MODEL_DATA_KEYS}
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **stored))
+    _check_typed(given, settings, typed, source=settings.run.checkpoint[0])
     return models, tokenizer_from_description(first.description), settings
+
+
+def _check_typed(given: Settings, effective: Settings, typed: Collection[str], *, source: str) -> None:
+    """Raise `UserError` if a typed key asks for another model than that of the checkpoint."""
+    asked, used = given.to_flat(), effective.to_flat()
+    encoders = {f"{side}_{key}" for side in ("image", "text") for key in ("encoder", "encoder_args", "weights")}
+    decided = {*(field.name for field in dataclasses.fields(ModelSettings)), *MODEL_DATA_KEYS} - encoders
+    for key in decided & set(typed):
+        if asked[key] != used[key]:
+            raise UserError(
+                f"{key}={asked[key]!r}: {source} is of a model with {key}={used[key]!r}, which a checkpoint decides; "
+                f"leave {key} out"
+            )
 
 
 def _check_ensemble(paths: tuple[str, ...], opened: list[Checkpoint]) -> None:

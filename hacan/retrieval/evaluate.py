@@ -41,6 +41,7 @@ def evaluate(
     """
     if not scorers:
         raise ValueError("scorers is empty; pass at least one model")
+    folds = folds_of(split, protocol)  # refuses a split that cannot be cut, before anything is encoded
     processes = processes or Processes()
     meter, began = StageMeter(scorers[0].device), time.time()
     share = FeatureStorage(folder=storage.folder, memory=storage.memory // len(scorers))
@@ -50,7 +51,6 @@ def evaluate(
     ]
     if storage.folder is not None and disk is not None and processes.rank == 0:
         prune(storage.folder, budget=disk, began=began)
-    folds = folds_of(split, protocol)
     results, all_coarse, curves = [], [], []
     for rows in folds:
         parts = [select_images(gallery, rows) for gallery in galleries]

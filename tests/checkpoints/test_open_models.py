@@ -121,3 +121,17 @@ def test_a_new_model_is_a_function_of_the_seed(make_settings, tokenizer):
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("direction", "i2t"), ("image_size", 96), ("embed_dim", 99), ("streams", ("ksf",)), ("ksf", "plain")],
+)
+def test_a_typed_key_that_contradicts_the_checkpoint_is_refused(written, make_settings, key, value):
+    path = written(image_size=64, direction="t2i")
+    given = make_settings(checkpoint=path, test_only=True, **{key: value})
+    with pytest.raises(UserError, match=rf"{key}=.* best.ckpt is of a model with {key}=|{key}=.*leave {key} out"):
+        open_models(given, never, typed=["seed", key])
+    open_models(given, never, typed=["seed"])  # a default or a named config: the checkpoint decides
+    same = make_settings(checkpoint=path, test_only=True, image_size=64, direction="t2i")
+    open_models(same, never, typed=["image_size", "direction"])

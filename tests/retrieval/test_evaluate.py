@@ -181,6 +181,17 @@ def test_folds_are_cut_by_images_and_never_by_captions():
         folds_of(split_with(10, captions.clamp(max=7)), Protocol(fold5=True))
 
 
+def test_a_split_that_cannot_be_cut_is_refused_before_anything_is_encoded():
+    split, *_ = make_split(IMAGE_OF_TEXT, images=10)
+
+    def encoded(_):
+        raise AssertionError("encoded")
+
+    scorer = make_scorer()._replace(encode_images=encoded, encode_texts=encoded)
+    with pytest.raises(UserError, match="this one has 9 images"):
+        run([scorer], split._replace(ids=range(9)), Protocol(fold5=True))
+
+
 def test_an_image_without_captions_is_no_query_but_stays_in_the_gallery():
     split, *_ = make_split([0, 0, 1, 3, 3], images=4)
     found = run([make_scorer()], split, Protocol(top_k=99))
