@@ -58,7 +58,8 @@ def run_study(study: Study, runs: list[Run], out: Path, *, jobs: int) -> int:
     check_same_study(out, runs)
     write_commands(out, runs)
     execution = Execution(runs, out=out, jobs=jobs, report=lambda line: print(line, flush=True))
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT is ignored in a background process of a shell
+        signal.signal(number, _interrupt)
     interrupted = False
     try:
         execution.run_all()
@@ -74,6 +75,10 @@ def run_study(study: Study, runs: list[Run], out: Path, *, jobs: int) -> int:
     if execution.failed:
         print(f"failed: {', '.join(execution.failed)}; the logs are in {out / 'logs'}", file=sys.stderr)
     return 1 if execution.failed or interrupted else 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def plan_of(study: Study, runs: list[Run], out: Path, *, jobs: int) -> str:

@@ -155,7 +155,9 @@ def test_the_verdict_on_a_difference(monkeypatch, shift, verdict):
 def test_a_killed_study_goes_on_and_a_command_gives_the_numbers_of_its_row(study_file, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(SCRIPT), str(study_file), "--out", str(out), "--seeds", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    # As a shell starts a background process: SIGINT is ignored there.
+    ignored = ["env", "--ignore-signal=INT", *command]
+    process = subprocess.Popen(ignored, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     first = out / "runs" / "full-seed0"
     deadline = time.monotonic() + 200
     while not list(first.glob("*/metrics.json")) and time.monotonic() < deadline:

@@ -131,7 +131,7 @@ def _tables(study: Study, groups: dict[tuple[str, str], list[Result]], differenc
     ]
     lines += head
     for row, about in _entries(study):
-        cells = _cells(groups[row, ""]) if groups[row, ""] else "0 | not run | | | | | | "
+        cells = _cells(groups[row, ""]) if groups[row, ""] else "0 | not run | | | | | |"
         lines.append(f"| {row}: {about} | {cells} |")
     for kind, evaluation in study.evaluations.items():
         found = {row: groups[row, kind] for row in study.rows if groups[row, kind]}
