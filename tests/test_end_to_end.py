@@ -89,18 +89,21 @@ def test_resume_goes_on_in_the_same_folder(run, tmp_path):
 
 @pytest.mark.slow
 def test_test_only_repeats_the_figures_and_an_ensemble_has_two_members(run, tmp_path):
-    """The architecture of the checkpoint is used, whatever the config says."""
+    """The architecture of the checkpoint is used where the command does not name another one."""
     _, arguments, home = run
     best, last = (home / "1" / "checkpoints" / name for name in (BEST, LAST))
     updates = {**arguments, "log_dir": tmp_path, "test_only": True}
-    alone = run_py(**{**updates, "embed_dim": 99, "image_size": 64}, checkpoint=best)
+    refused = run_py(**{**updates, "image_size": 64}, checkpoint=best)
+    assert refused.returncode == 2 and "leave image_size out" in refused.stderr
+    decided = ("embed_dim", "image_size")  # other values in demo_config
+    alone = run_py(**{key: value for key, value in updates.items() if key not in decided}, checkpoint=best)
     assert alone.returncode == 0, alone.stderr
     assert "hacan checkpoint;" in alone.stderr and "none missing, 0 ignored" in alone.stderr
-    assert figures(tmp_path / "demo" / "1")["hierarchical"] == figures(home / "1")["hierarchical"]
-    assert not (tmp_path / "demo" / "1" / "checkpoints").exists()
+    assert figures(tmp_path / "demo" / "2")["hierarchical"] == figures(home / "1")["hierarchical"]
+    assert not (tmp_path / "demo" / "2" / "checkpoints").exists()
     both = run_py(**updates, checkpoint=f"[{best}, {last}]")
     assert both.returncode == 0, both.stderr
-    members = figures(tmp_path / "demo" / "2")["receipt"]["members"]
+    members = figures(tmp_path / "demo" / "3")["receipt"]["members"]
     assert [member["checkpoint"] for member in members] == [str(best), str(last)]
 
 
