@@ -211,7 +211,7 @@ def _judged_ids(settings: Settings, data: Any) -> tuple[list[int], list[int]] | 
     try:
         if not whole_test:
             raise UserError("they are defined for COCO's whole test split: datasets=coco eval_split=test fold5=False")
-        path = find_annotations(Path(settings.data.data_root).expanduser()) if wanted == "auto" else Path(wanted)
+        path = find_annotations(Path(settings.data.data_root)) if wanted == "auto" else Path(wanted)
         if path is None:
             raise UserError("there is no annotations/captions_val2014.json under data_root; give its path")
         part = data.eval_split("test")

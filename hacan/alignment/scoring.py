@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hacan.settings import STREAMS
 from hacan.types import EncodedImages, EncodedTexts, PackedTexts
 
 Texts = EncodedTexts | PackedTexts
-STREAMS = ("ksf", "lrg_high", "lrg_mid")
 LEVELS = {"ksf": ("high", "high"), "lrg_high": ("high", "mid"), "lrg_mid": ("mid", "high")}  # level of image, of text
 
 # Block sizes on a CPU, measured by scripts/benchmarks/alignment.py. A cell is a dot product of a region and a token.

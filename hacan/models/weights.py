@@ -6,7 +6,6 @@ import pickle
 import re
 import socket
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +50,10 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file {path} is missing" if not path.exists() else f"{path} is not a file")
+    _check_checksums(path)
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        _check_checksums(path)
         with torch.serialization.safe_globals(LIGHTNING_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -65,8 +64,6 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
             f"{path} is a pickle of more than tensors (it needs {wanted}), which can run code: not read. If you "
             "trust its author, add trust_checkpoint=True"
         ) from error
-    except BrokenFileError:
-        raise
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ImportError as error:
@@ -80,14 +77,15 @@ def read_file(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
 
 def _check_checksums(path: Path) -> None:
     """Raise `BrokenFileError` if a record of a zip archive, the format of torch.save, fails its CRC-32."""
-    if zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):
+        return
+    try:
         with zipfile.ZipFile(path) as archive:
-            try:
-                damaged = archive.testzip()
-            except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError) as error:
-                raise BrokenFileError(f"{path} is damaged: {error}") from error
-        if damaged is not None:
-            raise BrokenFileError(f"{path} is damaged: its record {damaged} does not have the stored checksum")
+            damaged = archive.testzip()
+    except Exception as error:  # damaged archives raise many kinds of errors
+        raise BrokenFileError(f"{path} is damaged: {error}") from error
+    if damaged is not None:
+        raise BrokenFileError(f"{path} is damaged: its record {damaged} does not have the stored checksum")
 
 
 def read_state(path: str | Path, *, trust: bool = False) -> dict[str, Tensor]:

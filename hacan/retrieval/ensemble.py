@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hacan.alignment import STREAMS
 from hacan.errors import UserError
 from hacan.models.hacan import HACAN, describe_non_finite
 from hacan.retrieval.provenance import hash_of_tensors
@@ -15,7 +16,6 @@ from hacan.types import EncodedImages, EncodedTexts, Gallery, PackedTexts
 
 LRG_STREAMS = ("lrg_high", "lrg_mid")
 KSF_STREAMS = ("ksf",)
-ALL_STREAMS = KSF_STREAMS + LRG_STREAMS
 AUTOCAST_TYPES = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
@@ -128,14 +128,14 @@ class GalleryScores:
         """Return the complete fine scores of some images and all texts, [n, M]."""
         if self._release:
             return _mean([self._coarse(*model, rows) + self._fine(*model, rows, LRG_STREAMS) for model in self._models])
-        return _mean([self._fine(*model, rows, ALL_STREAMS) for model in self._models])
+        return _mean([self._fine(*model, rows, STREAMS) for model in self._models])
 
     def pairs(self, pairs: Tensor) -> Tensor:
         """Return the scores [P] of listed pairs [P, 2] (image, text) of neighbouring images; see `adds_coarse`."""
         first = int(pairs[:, 0].min())
         rows = slice(first, int(pairs[:, 0].max()) + 1)
         local = torch.stack([pairs[:, 0] - first, pairs[:, 1]], 1)
-        streams = LRG_STREAMS if self._release else ALL_STREAMS
+        streams = LRG_STREAMS if self._release else STREAMS
         return _mean(
             [
                 scorer.score_pairs(_images_on(scorer.device, images, rows), texts, local, streams)

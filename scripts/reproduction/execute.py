@@ -43,6 +43,7 @@ class Execution:
         self._processes: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
         self._seconds: list[float] = []
+        self._left = 0
         self._slots: Queue[int] = Queue()
         for slot in range(jobs):
             self._slots.put(slot)
@@ -50,9 +51,7 @@ class Execution:
     def run_all(self) -> None:
         """Run everything that has no result yet: trainings, then evaluations of their checkpoints."""
         self.out.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(self.out, remedy="wait for it, or give another --out")
-        lock.acquire()
-        try:
+        with FolderLock(self.out, remedy="wait for it, or give another --out"):
             missing = [run for run in self.runs if finished_folder(run, self.out) is None]
             self.report(f"{len(self.runs) - len(missing)} of {len(self.runs)} runs are finished, {len(missing)} to do")
             self._left = len(missing)
@@ -63,8 +62,6 @@ class Execution:
                     except BaseException:
                         self.stop()
                         raise
-        finally:
-            lock.release()
 
     def stop(self) -> None:
         """Send SIGTERM to the running processes: a training saves its state."""
@@ -126,7 +123,7 @@ def _share_of_machine(slot: int, jobs: int) -> dict[str, str]:
 
 
 def check_same_study(out: Path, runs: Sequence[Run]) -> None:
-    """Raise `UserError` if a finished run in `out` had another command than it has now."""
+    """Raise `UserError` if a run in `out` had another command than it has now."""
     for run in runs:
         record = out / "commands" / f"{run.name}.txt"
         if record.is_file() and record.read_text().strip() != run.shell():

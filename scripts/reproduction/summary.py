@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hacan.retrieval.significance import load_result, paired_test
+from hacan.retrieval.significance import TITLES, load_result, paired_test
 from scripts.reproduction.execute import finished_folder
 from scripts.reproduction.plan import Run, Study
 
-RECALLS = ("r1_i2t", "r5_i2t", "r10_i2t", "r1_t2i", "r5_t2i", "r10_t2i")
+RECALLS = [name for name in TITLES if name != "rsum"]
 # Two-sided 95% quantiles of Student's t distribution by degrees of freedom; more are close to the normal one.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
