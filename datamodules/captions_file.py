@@ -3,16 +3,17 @@
 import hashlib
 import logging
 import posixpath
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.files import (
     caption_of,
-    check_image_files,
     check_root,
     expect,
     first_file,
+    locate_images,
     member,
     parse_json,
     safe_path,
@@ -52,9 +53,7 @@ def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[Cap
     if all(row.split is None for row in rows):
         counts = {split: sum(record.split == split for record in records) for split in SPLITS}
         log.warning("%s has no splits: images are assigned by a hash of their names, %s", path, counts)
-    if check_files:
-        check_image_files((record.path for record in records), listed_in=path)
-    return records
+    return locate_images(records, listed_in=path) if check_files else records
 
 
 def group_rows(rows: list[Row], images_folder: Path) -> list[CaptionedImage]:
@@ -63,7 +62,7 @@ def group_rows(rows: list[Row], images_folder: Path) -> list[CaptionedImage]:
     splits: dict[str, str | None] = {}
     for row in rows:
         safe_path(images_folder, row.image, where=f"{row.place}, 'image'")
-        image = posixpath.normpath(row.image)  # "./dog.jpg" is "dog.jpg"
+        image = unicodedata.normalize("NFC", posixpath.normpath(row.image))  # "./dog.jpg" is "dog.jpg"
         if row.split is not None and row.split not in SPLIT_NAMES:
             raise UserError(f"{row.place}, 'split' is {row.split!r}: expected one of {', '.join(SPLIT_NAMES)}")
         if (row.split is None) != (rows[0].split is None):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.files import caption_of, check_image_files, check_root, first_folder, member, read_json, safe_path
+from datamodules.files import caption_of, check_root, first_folder, locate_images, member, read_json, safe_path
 from datamodules.karpathy import COCO, image_folder
 from datamodules.records import CaptionedImage
 from hacan.errors import UserError
@@ -51,9 +51,7 @@ def read_coco_ids(data_root: Path, *, use_restval: bool, check_files: bool = Tru
             )
             for image_id, group in captions.items()
         )
-    if check_files:
-        check_image_files((record.path for record in records), listed_in=annotations_folder)
-    return records
+    return locate_images(records, listed_in=annotations_folder) if check_files else records
 
 
 def _chosen(annotations: dict[int, Annotation], path: Path) -> list[Annotation]:

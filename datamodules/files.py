@@ -2,10 +2,14 @@
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
+from datamodules.records import CaptionedImage
 from hacan.errors import UserError
 
 _NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
@@ -34,28 +38,49 @@ def check_root(data_root: Path) -> None:
         raise UserError(f"data_root={str(data_root)!r} {state}; give the folder that holds the data set's folder")
 
 
-def missing_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths that are not files; lists each folder once, because a stat per file takes minutes on NFS."""
-    listings: dict[Path, set[str]] = {}
-    missing = []
-    for path in paths:
-        folder = path.parent
-        if folder not in listings:
-            listings[folder] = _file_names(folder)
-        if path.name not in listings[folder]:
-            missing.append(path)
-    return missing
+def locate_files(paths: Iterable[Path]) -> dict[Path, Path | None]:
+    """Return the files that `paths` name, None where there is none.
+
+    A name in another Unicode normal form than that of the file (macOS and zip programs change it) is matched. Each
+    folder is listed once, because a stat per file takes minutes on NFS.
+    """
+
+    @cache
+    def names(folder: Path) -> dict[str, str]:
+        entries = _file_names(folder)
+        return {unicodedata.normalize("NFC", name): name for name in entries} | {name: name for name in entries}
+
+    @cache
+    def located_folder(folder: Path) -> Path:
+        if folder.is_dir() or folder.parent == folder:
+            return folder
+        parent = located_folder(folder.parent)
+        wanted = unicodedata.normalize("NFC", folder.name)
+        inner = [path for path in parent.glob("*/") if unicodedata.normalize("NFC", path.name) == wanted]
+        return inner[0] if inner else folder
+
+    def located(path: Path) -> Path | None:
+        folder = located_folder(path.parent)
+        name = names(folder).get(path.name) or names(folder).get(unicodedata.normalize("NFC", path.name))
+        return None if name is None else folder / name
+
+    return {path: located(path) for path in paths}
 
 
-def check_image_files(paths: Iterable[Path], *, listed_in: Path) -> None:
-    """Raise `UserError` if images listed in `listed_in` are missing, with the first one and the number of others."""
-    missing = missing_files(paths)
+def locate_images(records: Sequence[CaptionedImage], *, listed_in: Path) -> list[CaptionedImage]:
+    """Return the records with the paths of their files.
+
+    Raise `UserError` if images listed in `listed_in` are missing, with the first one and the number of others.
+    """
+    files = locate_files(record.path for record in records)
+    missing = [path for path, file in files.items() if file is None]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
             f"image {missing[0]}{others}, listed in {listed_in}, not found; complete the images "
             "(scripts/check_data.py lists them all)"
         )
+    return [replace(record, path=files[record.path] or record.path) for record in records]
 
 
 def safe_path(folder: Path, name: str, *, where: str) -> Path:

@@ -1,13 +1,13 @@
 """Check a data set split by split before training (`scripts/check_data.py`)."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datamodules.captions_file import NAMES as CAPTIONS_FILES
 from datamodules.captions_file import read_captions_file
 from datamodules.evaluation_data import unreadable_images
-from datamodules.files import missing_files
+from datamodules.files import locate_files
 from datamodules.karpathy import COCO, FLICKR8K, FLICKR30K, Layout, read_karpathy
 from datamodules.readers import read_records
 from datamodules.records import CAPTIONS_PER_IMAGE, SPLITS, CaptionedImage
@@ -72,7 +72,7 @@ def inspect_data_set(
     findings = Findings(name, decoded=decode)
     try:
         records = _listed_records(name, data_root, use_restval=use_restval)
-        missing = set(missing_files(record.path for record in records))
+        files = locate_files(record.path for record in records)
     except UserError as error:
         findings.problem = str(error)
         return findings
@@ -85,11 +85,11 @@ def inspect_data_set(
         split.captions += len(captions)
         split.without_captions += not captions
         split.empty_captions += sum(not caption.strip() for caption in captions)
-        if record.path in missing:
+        if files[record.path] is None:
             split.missing.append(record.path)
     findings.listed_twice = sum(count - 1 for count in Counter(record.path for record in records).values())
     if decode:
-        there = [record for record in records if record.path not in missing]
+        there = [replace(record, path=file) for record in records if (file := files[record.path]) is not None]
         for record, reason in unreadable_images(there, progress=progress):
             findings.splits[record.split].unreadable.append(reason)
     return findings

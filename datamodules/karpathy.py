@@ -1,17 +1,18 @@
 """Karpathy's split files: Flickr30K, Flickr8K, MS-COCO (METHOD section 7)."""
 
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import (
     caption_of,
-    check_image_files,
     check_root,
     expect,
     first_file,
     first_folder,
+    locate_images,
     member,
     read_json,
     safe_path,
@@ -58,9 +59,7 @@ def read_karpathy(
     json_path = first_file([folder / layout.json_name], what="the split file")
     images_folder = image_folder(folder, layout)
     records = parse_karpathy(read_json(json_path), images_folder, where=str(json_path), use_restval=use_restval)
-    if check_files:
-        check_image_files((record.path for record in records), listed_in=json_path)
-    return records
+    return locate_images(records, listed_in=json_path) if check_files else records
 
 
 def image_folder(folder: Path, layout: Layout) -> Path:
@@ -105,7 +104,7 @@ def parse_karpathy(content: Any, images_folder: Path, *, where: str, use_restval
                 split="train" if split == "restval" else SPLIT_NAMES[split],
             )
         )
-        path, chosen = os.path.normpath(records[-1].path), records[-1].split
+        path, chosen = unicodedata.normalize("NFC", os.path.normpath(records[-1].path)), records[-1].split
         if splits.setdefault(path, chosen) != chosen:
             raise UserError(
                 f"{place}: {name!r} is in the split {chosen!r} here and in {splits[path]!r} above; an image belongs to "

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.files import missing_files, read_json
+from datamodules.files import locate_files, read_json
 from datamodules.karpathy import parse_karpathy
 from datamodules.records import CaptionedImage
 from datamodules.scenes import Scene, SceneIndex, caption_scene, sample_scenes
@@ -187,7 +187,7 @@ def _found(folder: Path, parameters: dict) -> list[CaptionedImage] | None:
         records = parse_karpathy(content, folder, where=str(path), use_restval=False)
     except UserError:
         return None
-    return None if missing_files(record.path for record in records) else records
+    return None if None in locate_files(record.path for record in records).values() else records
 
 
 def _parameters(counts: Mapping[str, int], seed: int, scene_size: int) -> dict:

@@ -38,10 +38,32 @@ def one_line_errors() -> Iterator[None]:
         _exit("another process of this run has ended; its own message gives the reason", error)
 
 
-def _exit(message: str, error: Exception) -> NoReturn:
+def print_error(error: UserError | str) -> int:
+    """Print one line to stderr and return 2, the exit status of every script for wrong input."""
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
-    print(f"error: {message}" if is_first_process() else f"error (process {rank}): {message}", file=sys.stderr)
-    raise SystemExit(2) from error
+    prefix = "error" if is_first_process() else f"error (process {rank})"
+    print(f"{prefix}: {printable(error)}", file=sys.stderr)
+    return 2
+
+
+def printable(text: object) -> str:
+    r"""Return a file name, or a message with one, for people: what cannot be shown is escaped.
+
+    A name can hold line breaks, control sequences of terminals, marks that reverse the writing, and bytes that are not
+    UTF-8, which Python has as lone surrogates. ASCII text without control characters stays as it is.
+
+    >>> printable("caf\udce9\n.jpg")
+    'caf\\xe9\\n.jpg'
+    """
+    return "".join(
+        letter if letter.isprintable() else f"\\x{ord(letter) - 0xDC00:02x}" if "\udc80" <= letter <= "\udcff"
+        else letter.encode("unicode_escape").decode()
+        for letter in str(text)
+    )  # fmt: skip
+
+
+def _exit(message: str, error: Exception) -> NoReturn:
+    raise SystemExit(print_error(message)) from error
 
 
 def is_first_process() -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             compare_results(first, second, across=tuple(options.across), resamples=options.resamples, seed=options.seed)
         )
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0
 
 

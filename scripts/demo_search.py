@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,11 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
             write_page(page, results, text=sentence, explain_with=index.pretrained)
             print(
                 f"\nResults with word heatmaps: {page.resolve()}\n"
-                f'Try: {sys.executable} scripts/search.py {index.path} "..." or scripts/serve.py {index.path}'
+                f'Try: {sys.executable} scripts/search.py {index.address} "..." or scripts/serve.py {index.address}'
             )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = explain(Pretrained.load(options.checkpoint), options.image, options.caption)
         save_figure(found, out, alpha=options.alpha)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     parts = " + ".join(f"{STREAM_NAMES[stream.stream]} {stream.score:.4f}" for stream in found.streams)
     print(f"fine similarity {found.score:.4f} = {parts}\nwrote {out}")
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_onnx = export_onnx if options.onnx else None
         files = export(options.checkpoint, options.folder, write_onnx=write_onnx, trust=options.trust_checkpoint)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     for file in files:
         print(f"{file} ({file.stat().st_size / 2**20:.1f} MiB)")
     return 0

@@ -16,52 +16,51 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, help="folder of jpg, png and webp files, at any depth")
+    parser.add_argument("pictures", type=Path, help="folder of images, at any depth")
     parser.add_argument("--model", type=Path, help="exported folder or checkpoint; required for a new index, "
                         "later runs use the same model")  # fmt: skip
-    parser.add_argument("--index", type=Path, required=True, help="folder of the index; created if needed")
+    parser.add_argument("--index", required=True, help="folder of the index, or s3://BUCKET/FOLDER; created if needed")
     parser.add_argument("--captions", type=Path, help="CSV file with a column caption: texts that images find")
-    parser.add_argument(
-        "--store",
-        default="",
-        help="URL of a Qdrant server for the vectors of a new index (default: in the index folder)",
-    )
+    parser.add_argument("--store", help=argparse.SUPPRESS)  # the address of a Qdrant server, before LanceDB
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        if options.store is not None:
+            raise UserError(
+                "--store: there is no Qdrant any more; keep the whole index there, --index s3://BUCKET/FOLDER"
+            )
         from hacan.search.folder import images_below, texts_of_csv
-        from hacan.search.index import FILE, Index
+        from hacan.search.index import Index
 
         texts = texts_of_csv(options.captions) if options.captions else None
         images_below(options.pictures)  # a wrong folder is found before the model is loaded
-        if (options.index / FILE).exists():
+        if Index.exists(options.index):
             index = Index.open(options.index, model=options.model, device=options.device)
-            if options.store and options.store != index.about["store"]:
-                raise UserError(f"{options.index} keeps its vectors elsewhere: index into a new folder with --store")
         elif options.model is None:
             raise UserError(f"{options.index} is not there yet: give --model OUT_DIR_OR_CKPT to make it")
         else:
-            index = Index.create(options.index, model=options.model, store=options.store, device=options.device)
-        with index:
-            update = index.update(options.pictures)
-            changes = index.set_texts(texts) if texts is not None else None
-            for path, reason in update.bad:
-                print(f"skipped {path}: {reason}", file=sys.stderr)
-            print(
-                f"{options.index}: {index.count()} images ({update.added} added, {update.kept} kept, "
-                f"{update.moved} of them moved, {update.removed} removed, {len(update.bad)} files skipped)"
-            )
-            if changes:
-                print(f"{index.count('texts')} texts ({changes.added} added, {changes.removed} removed)")
+            index = Index.create(options.index, model=options.model, device=options.device)
+        update = index.update(options.pictures)
+        changes = index.set_texts(texts) if texts is not None else None
+        for path, reason in update.bad:
+            print(printable(f"skipped {path}: {reason}"), file=sys.stderr)
+        print(
+            f"{options.index}: {index.count()} images ({update.added} added, {update.kept} kept, "
+            f"{update.moved} of them moved, {update.removed} removed, {len(update.bad)} files skipped)"
+        )
+        if update.left_out:
+            kinds = sorted(update.left_out.items(), key=lambda kind: (-kind[1], kind[0]))
+            print(printable(f"left out: {', '.join(f'{count} {kind}' for kind, count in kinds)}"))
+        if changes:
+            print(f"{index.count('texts')} texts ({changes.added} added, {changes.removed} removed)")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)
         return 130

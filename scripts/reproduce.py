@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error
 from scripts.reproduction.execute import Execution, check_same_study, finished_folder, write_commands
 from scripts.reproduction.plan import Run, Study, load_study
 
@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return run_study(study, runs, out, jobs=options.jobs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
 
 
 def run_study(study: Study, runs: list[Run], out: Path, *, jobs: int) -> int:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index", type=Path, help="folder of the index")
+    parser.add_argument("index", help="folder of the index, or s3://BUCKET/FOLDER")
     parser.add_argument("text", nargs="?", default="", help="a sentence")
     parser.add_argument("--image", type=Path, help="query image: finds texts, or similar images")
     parser.add_argument(
@@ -62,13 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
                     explain_with=index.pretrained if options.explain else None,
                 )
                 for line in skipped:
-                    print(f"skipped: {line}", file=sys.stderr)
+                    print(printable(f"skipped: {line}"), file=sys.stderr)
                 print(f"wrote {page}")
                 if options.explain and all(result.fine is None for result in results):
                     print("no heatmaps: two images have no words", file=sys.stderr)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError
+from hacan.errors import UserError, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command until it is interrupted; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index", type=Path, help="folder of the index")
+    parser.add_argument("index", help="folder of the index, or s3://BUCKET/FOLDER")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"http://{options.host}:{options.port}/ (end with Ctrl-C)", flush=True)
             uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(error)
     return 0
 
 

@@ -5,6 +5,7 @@ a decompression bomb. Independent of torch, so that scripts/check_data.py starts
 """
 
 import io
+import stat
 import warnings
 from pathlib import Path
 
@@ -18,8 +19,35 @@ from hacan.errors import UserError
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # below the limit at which Pillow refuses
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+Image.init()
+FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000") if name in Image.OPEN
+)
+HEADER = 32  # bytes that `image_kind` looks at
+SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG2000",
+    b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
+    b"8BPS": "PSD",
+}
 MAX_PIXELS = 178_956_970  # Pillow refuses more; hacan/__init__.py sets the same limit for OpenCV
+
+
+def image_kind(header: bytes) -> str:
+    """Return the image format of a file by its first `HEADER` bytes, such as JPEG or HEIC; empty for other files."""
+    if header[:4] == b"RIFF" and header[8:12] == b"WEBP":
+        return "WEBP"
+    if header[:2] == b"BM" and header[6:10] == bytes(4):
+        return "BMP"
+    if header[4:8] == b"ftyp":
+        brands = header[8:12] + header[16:]
+        heic = header[8:11] in (b"hei", b"hev", b"mif", b"msf")
+        return "AVIF" if b"avif" in brands or b"avis" in brands else "HEIC" if heic else ""
+    return next((kind for signature, kind in SIGNATURES.items() if header.startswith(signature)), "")
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -29,6 +57,8 @@ def read_image(path: Path | str) -> np.ndarray:
     the path, if the file cannot be read or decoded or has more than `MAX_PIXELS` pixels.
     """
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # reading a pipe or a device could wait for ever
+            raise UserError(f"image {path} cannot be read: it is not a regular file")
         content = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"image {path} cannot be read: there is no such file") from error

@@ -1,66 +1,73 @@
-"""The images or the texts of an index: vectors and payloads in the store, fine features in files.
+"""The images or the texts of an index: vectors and payloads in the store, fine features in files of their own.
 
-Row k of the feature files and entry k of the store belong to one item. The entry is written after the features, so
-every listed item is complete.
+The entry in the store is written after the features, so every listed item is complete.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hacan.search.feature_file import FeatureFile
-from hacan.search.store import Hit, Item, VectorStore
+from hacan.errors import UserError
+from hacan.search.files import IndexFiles
+from hacan.search.store import ID, VectorTable
+
+THREADS = 16  # files of a shortlist are read at once, which an object storage needs
 
 
 class Collection:
-    """A collection of the vector store with the float16 files of both feature levels, `high` and `mid`."""
+    """A table of the store with one float16 file per item: its features `high` [n, d], then `mid` [m, d].
 
-    def __init__(self, store: VectorStore, collection: str, *, high: FeatureFile, mid: FeatureFile, width: int) -> None:
-        self._store, self._collection = store, collection
-        self.high, self.mid = high, mid
-        store.make(collection, width=width)
+    high, mid: shapes of the features.
+    """
+
+    def __init__(self, table: VectorTable, files: IndexFiles, *, high: tuple[int, int], mid: tuple[int, int]) -> None:
+        self.table, self._files, self.high, self.mid = table, files, high, mid
 
     def put(
-        self, rows: Sequence[int], *, high: np.ndarray, mid: np.ndarray, pooled: np.ndarray, payloads: Sequence[dict]
+        self, ids: Sequence[str], *, high: np.ndarray, mid: np.ndarray, pooled: np.ndarray, payloads: Sequence[dict]
     ) -> None:
         """Store n items: features [n, ...] of both levels, global embeddings [n, d] of unit length, payloads."""
-        self.high.write(rows, high)
-        self.mid.write(rows, mid)
-        self._store.put(self._collection, rows, pooled, payloads)
+        features = np.concatenate([high.reshape(len(ids), -1), mid.reshape(len(ids), -1)], 1)
+        with np.errstate(over="ignore"):  # checked below
+            half = features.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise UserError(
+                f"features up to {np.abs(features).max():.3g} do not fit float16, as an index holds them: the model "
+                "has diverged, or was trained at another scale; train it again, or index with another checkpoint"
+            )
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(self._files.write, map(self._name, ids), [values.tobytes() for values in half]))
+        self.table.add(ids, pooled, payloads)
 
-    def describe(self, row: int, payload: dict) -> None:
-        """Replace the payload of an item."""
-        self._store.describe(self._collection, row, payload)
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove items."""
+        self.table.remove(ids)
+        self._files.remove(self._name(item) for item in ids)
 
-    def remove(self, rows: Sequence[int]) -> None:
-        """Remove items; their rows become free."""
-        self._store.remove(self._collection, rows)
+    def features(self, ids: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (high, mid) of some items, float16 [n, ...]."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            values = torch.from_numpy(np.stack(list(pool.map(self._read, ids))))
+        high, mid = values.to(device).split([int(np.prod(self.high)), int(np.prod(self.mid))], 1)
+        return high.reshape(-1, *self.high), mid.reshape(-1, *self.mid)
 
-    def count(self) -> int:
-        """Return the number of items."""
-        return self._store.count(self._collection)
+    def _read(self, item: str) -> np.ndarray:
+        expected = 2 * int(np.prod(self.high) + np.prod(self.mid))
+        try:
+            content = self._files.read(self._name(item))
+        except FileNotFoundError:
+            content = b""
+        if len(content) != expected:
+            raise UserError(
+                f"{self._files.address}/{self._name(item)} has {len(content)} bytes, expected {expected}: the index is "
+                "damaged, or its image was removed this moment; search again, or index into a new folder"
+            )
+        return np.frombuffer(content, np.float16)
 
-    def item(self, row: int) -> Item | None:
-        """Return one item, or None."""
-        return self._store.item(self._collection, row)
-
-    def items(self) -> list[Item]:
-        """Return all items, by row."""
-        return list(self._store.items(self._collection))
-
-    def nearest(self, vector: np.ndarray, k: int) -> list[Hit]:
-        """Return the k items with the highest cosine to a unit vector [d], best first."""
-        return self._store.nearest(self._collection, vector, k)
-
-    def features(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (high, mid) of some rows, float16 [n, ...]."""
-        high, mid = (torch.from_numpy(file.read(rows)).to(device) for file in (self.high, self.mid))
-        return high, mid
-
-
-def free_rows(used: set[int]) -> Iterator[int]:
-    """Yield the free rows, from 0."""
-    return (row for row in count() if row not in used)
+    def _name(self, item: str) -> str:
+        if not ID.fullmatch(item):
+            raise UserError(f"{self._files.address} holds the id {item[:80]!r}, which is none: the index is damaged")
+        return f"features/{self.table.name}/{item[:2]}/{item}.f16"

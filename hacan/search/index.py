@@ -1,12 +1,11 @@
 """The search index: images are encoded once and found by sentences or images, coarse to fine as in the evaluation.
 
-Its folder holds index.json (model, shapes, address of the vectors), the float16 files of the fine features and,
-unless a server has them, the vectors.
+Its address, a folder or a URI of an object storage, holds index.json (model, shapes), the tables of the vectors, and
+one float16 file of fine features per item.
 """
 
 import contextlib
 import json
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,63 +18,62 @@ from hacan.alignment import pack_texts
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.lock import FolderLock
-from hacan.retrieval.provenance import hash_of_tensors, write_atomically
+from hacan.retrieval.provenance import hash_of_tensors
 from hacan.search.collection import Collection
-from hacan.search.feature_file import FeatureFile
-from hacan.search.store import Hit, Item, VectorStore
+from hacan.search.files import IndexFiles
+from hacan.search.store import Hit, Item, VectorTable
 from hacan.search.sync import Update, sync_folder, sync_texts
 from hacan.types import EncodedImages, EncodedTexts
 
-FORMAT = 1
+FORMAT = 2
 FILE = "index.json"
 PICTURES, TEXTS = "pictures", "texts"
 SHORTLIST = 50  # K of METHOD section 6
+MAX_SIZE = 100_000  # of a shape in index.json
 
 
 class Result(NamedTuple):
     """One search result."""
 
     rank: int  # from 1
-    row: int  # in the index; a later update can reuse the row of a removed item
+    id: str  # hash of its content
     name: str  # path of an image, or a text
     coarse: float  # cosine of the global embeddings
     fine: float | None  # fine similarity, by which results are ordered; None between two images
 
 
 class Index:
-    """Images and texts, searchable with one model. Use `create` or `open` in a `with` statement."""
+    """Images and texts, searchable with one model. Use `create` or `open`.
 
-    def __init__(self, path: Path, about: dict[str, Any], pretrained: Pretrained) -> None:
-        self.path, self.about, self.pretrained = path, about, pretrained
+    Other processes can search while one updates: a search sees the index as it is at that moment.
+    """
+
+    def __init__(self, files: IndexFiles, about: dict[str, Any], pretrained: Pretrained, *, new: bool = False) -> None:
+        self.address, self.about, self.pretrained, self._files = files.address, about, pretrained, files
         high, mid, width = about["shapes"]["high"], about["shapes"]["mid"], about["shapes"]["width"]
         words = about["max_text_len"]
-        self._store = VectorStore(about["store"] or path / "vectors")
         self.collections = {
             kind: Collection(
-                self._store,
-                f"hacan_{about['name']}_{kind}",
-                high=FeatureFile(path / f"{prefix}high.f16", (of_high, width)),
-                mid=FeatureFile(path / f"{prefix}mid.f16", (of_mid, width)),
-                width=width,
+                VectorTable(self.address, kind, width=width if new else None),
+                files,
+                high=(of_high, width),
+                mid=(of_mid, width),
             )
-            for kind, prefix, of_high, of_mid in ((PICTURES, "", high, mid), (TEXTS, "text_", words, words))
+            for kind, of_high, of_mid in ((PICTURES, high, mid), (TEXTS, words, words))
         }
 
     @classmethod
-    def create(
-        cls, path: str | Path, *, model: str | Path | Pretrained, store: str = "", device: torch.device | str = "cpu"
-    ) -> Self:
-        """Return a new, empty index in a folder. store: URL of a Qdrant server or cluster; empty: inside the folder."""
-        path = Path(path)
-        if (path / FILE).exists():
-            raise UserError(f"{path} holds an index already: open it, or give another folder")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not an index: give a new or an empty folder")
+    def create(cls, address: str | Path, *, model: str | Path | Pretrained, device: torch.device | str = "cpu") -> Self:
+        """Return a new, empty index in a folder, or below the URI of an object storage, s3://BUCKET/FOLDER."""
+        files = IndexFiles(address)
+        if cls.exists(address):
+            raise UserError(f"{address} holds an index already: open it, or give another folder")
+        if not files.is_empty():
+            raise UserError(f"{address} exists and is not an index: give a new or an empty folder")
         pretrained = _loaded(model, device)
         mid, high = pretrained.model.region_grids(height=pretrained.image_size, width=pretrained.image_size)
         about = {
             "format": FORMAT,
-            "name": uuid.uuid4().hex[:12],  # of the collections; one server can hold several indexes
             "model": "" if isinstance(model, Pretrained) else str(Path(model).resolve()),
             **_identity(pretrained),
             "shapes": {
@@ -83,60 +81,56 @@ class Index:
                 "mid": mid[0] * mid[1],
                 "width": pretrained.model.project_image_high.out_features,
             },
-            "store": store,
         }
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / FILE, json.dumps(about, indent=1) + "\n")
-        return cls(path, about, pretrained)
+        index = cls(files, about, pretrained, new=True)
+        files.write(FILE, (json.dumps(about, indent=1) + "\n").encode())
+        return index
+
+    @staticmethod
+    def exists(address: str | Path) -> bool:
+        """Return whether there is an index at the address."""
+        try:
+            IndexFiles(address).read(FILE)
+        except FileNotFoundError:
+            return False
+        return True
 
     @classmethod
     def open(
-        cls, path: str | Path, *, model: str | Path | Pretrained | None = None, device: torch.device | str = "cpu"
+        cls, address: str | Path, *, model: str | Path | Pretrained | None = None, device: torch.device | str = "cpu"
     ) -> Self:
         """Return an existing index with its model; give `model` if that has moved. Another model is a `UserError`."""
-        path = Path(path)
-        try:
-            about = json.loads((path / FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is not an index ({FILE}: {getattr(error, 'strerror', None) or error}); create one with "
-                "scripts/index.py"
-            ) from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise UserError(f"{path / FILE} is not of format {FORMAT}: index the images again into a new folder")
+        files = IndexFiles(address)
+        about = _read_about(files)
         source = model if model is not None else about["model"]
         if source == "":
-            raise UserError(f"{path} does not know where its model is: give it, --model OUT_DIR_OR_CKPT")
+            raise UserError(f"{address} does not know where its model is: give it, --model OUT_DIR_OR_CKPT")
         pretrained = _loaded(source, device)
         given = _identity(pretrained)
         if any(about[key] != value for key, value in given.items()):
             raise UserError(
-                f"{path} was created with the model {about['model_hash'][:12]}, but {_name(source)} is "
+                f"{address} was created with the model {about['model_hash'][:12]}, but {_name(source)} is "
                 f"{given['model_hash'][:12]}: give the original model with --model, or index into a new folder"
             )
-        return cls(path, about, pretrained)
+        return cls(files, about, pretrained)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the index, so that another process can open it."""
-        self._store.close()
+        """Nothing is left open."""
 
     def count(self, kind: str = PICTURES) -> int:
         """Return the number of images, or of `texts`."""
-        return self.collections[kind].count()
+        return self.collections[kind].table.count()
 
-    def item(self, row: int, kind: str = PICTURES) -> Item | None:
-        """Return the item at a row (payload `paths` of an image, `text` of a text), or None."""
-        return self.collections[kind].item(row)
+    def item(self, item: str, kind: str = PICTURES) -> Item | None:
+        """Return the item of an id (payload `paths` of an image, `text` of a text), or None."""
+        return self.collections[kind].table.item(item)
 
-    def rows(self, kind: str = PICTURES) -> list[Item]:
-        """Return all items of a kind."""
-        return self.collections[kind].items()
+    def items(self, kind: str = PICTURES) -> list[Item]:
+        """Return all items of a kind, by id."""
+        return list(self.collections[kind].table.items())
 
     # ----------------------------------------------------------------------------------------------------- building
 
@@ -158,8 +152,14 @@ class Index:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Lock the index: one process changes it at a time, also if a server has the vectors."""
-        with FolderLock(self.path, remedy="wait until it has ended", wait=0):
+        """Lock a folder: one process changes it at a time. An object storage has no locks, and needs none.
+
+        There, batches of several machines that index other folders of images are merged by LanceDB.
+        """
+        if self._files.remote:
+            yield
+            return
+        with FolderLock(Path(self.address), remedy="wait until it has ended", wait=0):
             yield
 
     # ---------------------------------------------------------------------------------------------------- searching
@@ -188,7 +188,9 @@ class Index:
             raise UserError(f"find={find!r} with {'an image' if image is not None else 'a sentence'}: a sentence finds "
                             "images; an image finds texts or images")  # fmt: skip
         if find == TEXTS and not self.count(TEXTS):
-            raise UserError(f"{self.path} holds no texts: add some with scripts/index.py --captions FILE.csv")
+            raise UserError(f"{self.address} holds no texts: add some with scripts/index.py --captions FILE.csv")
+        if find == PICTURES and not self.count():
+            raise UserError(f"{self.address} holds no images: add some with scripts/index.py FOLDER --index INDEX")
         query = self.pretrained.encode_texts([text]) if image is None else self.pretrained.encode_images([image])
         hits = self.shortlist(query.pooled[0], find, max(top, shortlist))
         if image is not None and find == PICTURES:
@@ -199,11 +201,11 @@ class Index:
 
     def shortlist(self, pooled: Tensor, find: str, k: int) -> list[Hit]:
         """Return the k items with the highest cosine to a global embedding [d]: the coarse stage."""
-        return self.collections[find].nearest(pooled.float().cpu().numpy(), k)
+        return self.collections[find].table.nearest(pooled.float().cpu().numpy(), k)
 
-    def features(self, row: int) -> EncodedImages:
+    def features(self, item: str) -> EncodedImages:
         """Return the stored fine features of one image; the global embedding is zeros."""
-        high, mid = self.collections[PICTURES].features([row], self.pretrained.device)
+        high, mid = self.collections[PICTURES].features([item], self.pretrained.device)
         return EncodedImages(high, mid, high.new_zeros(1, high.shape[-1]))
 
     @torch.inference_mode()
@@ -211,11 +213,11 @@ class Index:
         """Return the fine similarity [n] of one query and the items of a shortlist: the fine stage."""
         if not hits:
             return torch.empty(0)
-        rows, device = [hit.row for hit in hits], self.pretrained.device
+        ids, device = [hit.id for hit in hits], self.pretrained.device
         of_texts = isinstance(query, EncodedImages)
-        high, mid = self.collections[TEXTS if of_texts else PICTURES].features(rows, device)
-        pooled = query.pooled.expand(len(rows), -1)  # not read by the fine stage
-        each, one = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64)
+        high, mid = self.collections[TEXTS if of_texts else PICTURES].features(ids, device)
+        pooled = query.pooled.expand(len(ids), -1)  # not read by the fine stage
+        each, one = torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.int64)
         if of_texts:
             lengths = torch.tensor([hit.payload["tokens"] for hit in hits], device=device)
             mask = torch.arange(high.shape[1], device=device) < lengths[:, None]
@@ -230,10 +232,31 @@ class Index:
 def _results(hits: Sequence[Hit], fine: Sequence[float | None]) -> list[Result]:
     return [
         Result(
-            rank, hit.row, hit.payload["text"] if "text" in hit.payload else hit.payload["paths"][0], hit.coarse, score
+            rank, hit.id, hit.payload["text"] if "text" in hit.payload else hit.payload["paths"][0], hit.coarse, score
         )
         for rank, (hit, score) in enumerate(zip(hits, fine, strict=True), start=1)
     ]
+
+
+def _read_about(files: IndexFiles) -> dict[str, Any]:
+    """Return the validated content of index.json, which can be a stranger's."""
+    try:
+        about = json.loads(files.read(FILE))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"{files.address} is not an index ({FILE}: {error}); create one with scripts/index.py"
+        ) from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        made = "made by an earlier version, with another store" if found == 1 else f"of format {str(found)[:40]}"
+        raise UserError(f"{files.address} is {made}; expected format {FORMAT}: index the images into a new folder")
+    shapes = about.get("shapes")
+    sizes = [shapes.get(key) for key in ("high", "mid", "width")] if isinstance(shapes, dict) else [None]
+    if not all(type(size) is int and 0 < size <= MAX_SIZE for size in (*sizes, about.get("max_text_len"))):
+        raise UserError(f"{files.address}/{FILE} is damaged: expected shapes and max_text_len from 1 to {MAX_SIZE}")
+    if missing := {"model", "model_hash", "image_size", "centre_crop"} - about.keys():
+        raise UserError(f"{files.address}/{FILE} is damaged: it lacks {min(missing)!r}; index into a new folder")
+    return about
 
 
 def _loaded(model: str | Path | Pretrained, device: torch.device | str) -> Pretrained:

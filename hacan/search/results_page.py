@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jinja2
 
 from hacan.checkpoints.pretrained import Pretrained
-from hacan.errors import UserError
+from hacan.errors import UserError, printable
 from hacan.images.io import read_image
 from hacan.report.heatmaps import STREAM_NAMES, explain, overlay
 from hacan.report.thumbnails import data_uri, shrink
@@ -46,7 +46,7 @@ def format_table(results: Sequence[Result]) -> str:
     lines = [f"{'rank':>4}  {'coarse':>7}  {'fine':>7}  found"]
     for result in results:
         fine = f"{'-':>7}" if result.fine is None else f"{result.fine:7.4f}"
-        lines.append(f"{result.rank:4d}  {result.coarse:7.4f}  {fine}  {result.name}")
+        lines.append(f"{result.rank:4d}  {result.coarse:7.4f}  {fine}  {printable(result.name)}")
     return "\n".join(lines)
 
 
@@ -78,10 +78,10 @@ def write_page(
         except UserError as error:
             skipped.append(str(error))
             continue
-        name = result.name if finds_texts else Path(result.name).name
+        name = printable(result.name if finds_texts else Path(result.name).name)
         cards.append(Card(result, name, thumbnail, heatmaps))
     page = TEMPLATES.get_template("results.html.jinja").render(
-        title=text or f"Results for {Path(image or '').name}",
+        title=printable(text or f"Results for {Path(image or '').name}"),
         query="" if image is None else _thumbnail(image),
         cards=cards,
     )

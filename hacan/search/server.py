@@ -1,6 +1,6 @@
 """Web page over an index: search by a sentence or an image.
 
-Images are addressed by their number in the index, never by a path, and are sent as newly encoded JPEGs. One thread does
+Images are addressed by the hash of their content, never by a path, and are sent as newly encoded JPEGs. One thread does
 all the work, so concurrent requests wait for each other. The page loads nothing from other hosts.
 """
 
@@ -16,8 +16,8 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from hacan.errors import UserError
-from hacan.images.io import decode_image, read_image
+from hacan.errors import UserError, printable
+from hacan.images.io import HEADER, decode_image, image_kind, read_image
 from hacan.report.heatmaps import STREAM_NAMES, overlay
 from hacan.report.thumbnails import data_uri, jpeg, shrink
 from hacan.search.index import PICTURES, TEXTS, Index, Result
@@ -25,6 +25,7 @@ from hacan.search.word_heatmaps import explain_features
 
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 50_000_000
+UPLOADS = ("JPEG", "PNG", "WEBP")
 MAX_RESULTS, MAX_TEXT_LENGTH = 100, 1000
 SIZES = {"small": 480, "large": 1600}  # pixels, long side
 CACHED_HEATMAPS = 128  # explanations kept, each some hundred KiB
@@ -48,7 +49,7 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
-    find_maps = lru_cache(CACHED_HEATMAPS)(lambda row, content, text, stream: _maps(index, row, text, stream))
+    find_maps = lru_cache(CACHED_HEATMAPS)(lambda item, text, stream: _maps(index, item, text, stream))
 
     async def work(function: Callable, *arguments: Any) -> Any:
         """Run a function in the worker thread, after earlier requests."""
@@ -90,20 +91,20 @@ def make_app(index: Index, *, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"
 
         return await work(answer)
 
-    @app.get("/pictures/{row}")
-    async def picture(row: int, size: str = "small") -> Response:
+    @app.get("/pictures/{item}")
+    async def picture(item: str, size: str = "small") -> Response:
         if size not in SIZES:
             raise UserError(f"size={size!r}: expected {' or '.join(SIZES)}")
-        content = await work(lambda: jpeg(shrink(_read(index, row), SIZES[size])))
+        content = await work(lambda: jpeg(shrink(_read(index, item), SIZES[size])))
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
 
     @app.get("/api/explain")
-    async def explain(row: int, text: str, stream: str = "lrg_mid") -> dict[str, Any]:
+    async def explain(id: str, text: str, stream: str = "lrg_mid") -> dict[str, Any]:
         if stream not in STREAM_NAMES or not text.strip() or len(text) > MAX_TEXT_LENGTH:
             raise UserError(f"give a sentence, and as stream one of {', '.join(STREAM_NAMES)}")
 
         def answer() -> dict[str, Any]:
-            return find_maps(row, _item(index, row)["hash"], text, stream)
+            return find_maps(id, text, stream)
 
         return await work(answer)
 
@@ -118,8 +119,7 @@ def _serve_file(app: FastAPI, route: str, content: bytes, kind: str) -> None:
 
 def decode_upload(content: bytes, *, max_pixels: int) -> np.ndarray:
     """Return the [H, W, 3] uint8 RGB image of an uploaded JPEG, PNG or WebP file; its content decides, not its name."""
-    webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
-    if not webp and not content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+    if image_kind(content[:HEADER]) not in UPLOADS:
         raise UserError("the file is not a JPEG, PNG or WebP image: choose another one")
     return decode_image(content, name="the image", max_pixels=max_pixels)
 
@@ -134,23 +134,20 @@ async def _body(request: Request) -> bytes:
     return bytes(content)
 
 
-def _item(index: Index, row: int) -> dict[str, Any]:
-    item = index.item(row) if 0 <= row < 2**63 else None
-    if item is None:
+def _read(index: Index, item: str) -> np.ndarray:
+    found = index.item(item)
+    if found is None:
         raise HTTPException(404, "no such image in the index")
-    return item.payload
-
-
-def _read(index: Index, row: int) -> Any:
-    for path in _item(index, row)["paths"]:
+    for path in found.payload["paths"]:
         if Path(path).is_file():
             return read_image(path)
     raise HTTPException(410, "the image file no longer exists; index the folder again")
 
 
-def _maps(index: Index, row: int, text: str, stream: str) -> dict[str, Any]:
+def _maps(index: Index, item: str, text: str, stream: str) -> dict[str, Any]:
     """Return an image with the heatmap of each word as data URIs."""
-    found = explain_features(index.pretrained, index.features(row), _read(index, row), text)
+    image = _read(index, item)
+    found = explain_features(index.pretrained, index.features(item), image, text)
     maps = next(maps for maps in found.streams if maps.stream == stream)
     words = [
         {"word": word.text, "map": data_uri(shrink(shown, MAP))}
@@ -162,8 +159,8 @@ def _maps(index: Index, row: int, text: str, stream: str) -> dict[str, Any]:
 
 def _plain(result: Result, kind: str) -> dict[str, Any]:
     """Return a result without the path of an image, only its file name."""
-    name = Path(result.name).name if kind == PICTURES else result.name
-    return {"rank": result.rank, "row": result.row, "name": name, "coarse": result.coarse, "fine": result.fine}
+    name = printable(Path(result.name).name) if kind == PICTURES else result.name
+    return {"rank": result.rank, "id": result.id, "name": name, "coarse": result.coarse, "fine": result.fine}
 
 
 def _within(top: int) -> int:

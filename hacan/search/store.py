@@ -1,136 +1,156 @@
-"""Global embeddings with payloads in Qdrant, embedded in this process or on a server.
+"""Global embeddings with payloads in LanceDB, in a folder or in an object storage.
 
 docs/decisions/vector-store.md explains the choice.
 """
 
 import contextlib
-import os
-import sqlite3
-import warnings
+import json
+import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from datetime import timedelta
+from typing import Any, NamedTuple, cast
 
+import lancedb
 import numpy as np
-from qdrant_client import QdrantClient, models
+import pyarrow as pa
+from lancedb.query import LanceVectorQueryBuilder
 
 from hacan.errors import UserError
 
-LISTED = 1000  # items per request when all are listed
-SLACK = 32  # additional items per query, so that ties are broken by row
-KEY = "QDRANT_API_KEY"  # environment variable with the key of a server; never stored
-# Printed at 20,000 points, in the progress bar; docs/search.md says when to use a server.
-warnings.filterwarnings("ignore", message="Local mode is not recommended for collections")
+EXACT = 20_000  # items that are scanned; above, an approximate index is built
+PARTITION, PROBES = 1500, 30  # items of a partition of that index; partitions that a query reads, at least
+SLACK = 32  # additional items per query, so that ties are broken by id
+OLD_VERSIONS = timedelta(hours=1)  # kept for readers of other processes
+COMPACT_AFTER = 4096  # items added
+REMOTE_REFRESH = timedelta(seconds=5)  # how often a reader looks for a new version in an object storage
+ID = re.compile(r"[0-9a-f]{1,64}")
 
 
 class Item(NamedTuple):
     """An image or a text in the store."""
 
-    row: int  # its id, and its row in the feature files
+    id: str  # hash of its content, in hexadecimal
     payload: dict[str, Any]
 
 
 class Hit(NamedTuple):
     """An item found by the coarse search."""
 
-    row: int
+    id: str
     coarse: float  # cosine of the global embeddings
     payload: dict[str, Any]
 
 
-class VectorStore:
-    """Collections of unit vectors [d] with payloads, numbered by rows.
+class VectorTable:
+    """Unit vectors [d] with payloads, by id.
 
-    address: a folder, which one process can open at a time, or the URL of a Qdrant server or cluster.
+    address: a folder, or the URI of an object storage. Several processes can read while one writes; every reader sees
+    complete batches. width: d, to create the table; None: it must exist.
     """
 
-    def __init__(self, address: str | Path) -> None:
-        self.address = str(address)
-        try:
-            if "://" in self.address:
-                self._client = QdrantClient(url=self.address, api_key=os.environ.get(KEY), check_compatibility=False)
-                self._client.get_collections()
+    def __init__(self, address: str, name: str, *, width: int | None = None) -> None:
+        self.address, self.name, self._added = address, name, 0
+        refresh = REMOTE_REFRESH if "://" in address else timedelta(0)
+        with self._errors("opened"):
+            database = lancedb.connect(address, read_consistency_interval=refresh)
+            if width is None:
+                self._table = database.open_table(name)
             else:
-                self._client = QdrantClient(path=self.address, force_disable_check_same_thread=True)
-        except RuntimeError as error:
-            if "already accessed" in str(error):
-                raise UserError(
-                    f"{self.address} is open in another process (an indexing, or scripts/serve.py): wait for it or end "
-                    "it, or keep the vectors on a Qdrant server, --store URL"
-                ) from error
-            raise
-        except Exception as error:
-            if "://" in self.address:
-                raise UserError(
-                    f"no Qdrant answers at {self.address} ({' '.join(str(error).split())[:200]}): start it, or correct "
-                    f"the address; its key is read from {KEY}"
-                ) from error
-            raise
+                vector = pa.list_(pa.float32(), width)
+                schema = pa.schema([("id", pa.string()), ("vector", vector), ("payload", pa.string())])
+                self._table = database.create_table(name, schema=schema)
+            self._schema = self._table.schema
 
-    def make(self, collection: str, *, width: int) -> None:
-        """Create the collection if it does not exist."""
-        if not self._client.collection_exists(collection):
-            # Vectors have unit length, so the dot product is the cosine.
-            self._client.create_collection(
-                collection, vectors_config=models.VectorParams(size=width, distance=models.Distance.DOT)
-            )
-        if "://" not in self.address:
-            _keep_a_write_ahead_log(Path(self.address, "collection", collection, "storage.sqlite"))
+    def add(self, ids: Sequence[str], vectors: np.ndarray, payloads: Sequence[dict]) -> None:
+        """Store n items with vectors [n, d]; those whose id is there already are left as they are."""
+        flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
+        columns = [
+            pa.array(ids, pa.string()),
+            pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            pa.array([json.dumps(payload) for payload in payloads]),
+        ]
+        with self._errors("written"):
+            batch = pa.Table.from_arrays(columns, schema=self._schema)
+            self._table.merge_insert("id").when_not_matched_insert_all().execute(batch)
+        self._added += len(ids)
+        if self._added >= COMPACT_AFTER:
+            self.optimise()
 
-    def put(self, collection: str, rows: Sequence[int], vectors: np.ndarray, payloads: Sequence[dict]) -> None:
-        """Store n items with vectors [n, d]; existing rows are replaced."""
-        self._client.upsert(
-            collection,
-            models.Batch(ids=list(rows), vectors=vectors.astype(np.float32).tolist(), payloads=list(payloads)),
-            wait=True,
-        )
-
-    def describe(self, collection: str, row: int, payload: dict) -> None:
+    def describe(self, item: str, payload: dict) -> None:
         """Replace the payload of an item."""
-        self._client.overwrite_payload(collection, payload=payload, points=[row], wait=True)
+        with self._errors("written"):
+            self._table.update(where=_among([item]), values={"payload": json.dumps(payload)})
 
-    def remove(self, collection: str, rows: Sequence[int]) -> None:
+    def remove(self, ids: Sequence[str]) -> None:
         """Remove items."""
-        if rows:
-            self._client.delete(collection, points_selector=models.PointIdsList(points=list(rows)), wait=True)
+        if ids:
+            with self._errors("written"):
+                self._table.delete(_among(ids))
 
-    def items(self, collection: str) -> Iterator[Item]:
-        """Yield all items, by row."""
-        offset = None
-        while True:
-            points, offset = self._client.scroll(collection, limit=LISTED, offset=offset, with_payload=True)
-            for point in points:
-                yield Item(int(point.id), point.payload or {})
-            if offset is None:
+    def optimise(self) -> None:
+        """Merge small files, and keep an approximate index if there are more than `EXACT` items."""
+        self._added = 0
+        with self._errors("written"):
+            self._table.optimize(cleanup_older_than=OLD_VERSIONS)
+            wanted = self._table.count_rows() // PARTITION
+            if wanted * PARTITION < EXACT:
                 return
+            built = [int(index.name.rpartition("_")[2]) for index in self._table.list_indices()]
+            if not built or wanted >= 2 * built[0]:  # centroids of a table half as large serve badly
+                for index in self._table.list_indices():
+                    self._table.drop_index(index.name)
+                self._table.create_index(
+                    metric="dot", num_partitions=wanted, index_type="IVF_FLAT", name=f"vector_{wanted}", sample_rate=64
+                )
 
-    def item(self, collection: str, row: int) -> Item | None:
+    def items(self) -> Iterator[Item]:
+        """Yield all items, by id."""
+        with self._errors("read"):
+            found = self._table.search().select(["id", "payload"]).to_arrow().sort_by("id")
+            for row in found.to_pylist():
+                yield Item(row["id"], json.loads(row["payload"]))
+
+    def item(self, item: str) -> Item | None:
         """Return one item, or None."""
-        points = self._client.retrieve(collection, [row], with_payload=True)
-        return Item(int(points[0].id), points[0].payload or {}) if points else None
+        if not ID.fullmatch(item):
+            return None
+        with self._errors("read"):
+            found = self._table.search().where(_among([item])).select(["id", "payload"]).limit(1).to_list()
+            return Item(found[0]["id"], json.loads(found[0]["payload"])) if found else None
 
-    def count(self, collection: str) -> int:
+    def count(self) -> int:
         """Return the number of items."""
-        return self._client.count(collection, exact=True).count
+        with self._errors("read"):
+            return self._table.count_rows()
 
-    def nearest(self, collection: str, query: np.ndarray, k: int) -> list[Hit]:
-        """Return the k items with the highest cosine to the unit vector [d], best first; ties by row."""
-        points = self._client.query_points(
-            collection, query=query.astype(np.float32).tolist(), limit=k + SLACK, with_payload=True
-        ).points
-        hits = [Hit(int(point.id), float(point.score), point.payload or {}) for point in points]
-        return sorted(hits, key=lambda hit: (-hit.coarse, hit.row))[:k]
+    def nearest(self, query: np.ndarray, k: int) -> list[Hit]:
+        """Return the k items with the highest cosine to the unit vector [d], best first; ties by id."""
+        query = query.astype(np.float32)
+        with self._errors("read"):
+            search = cast(LanceVectorQueryBuilder, self._table.search(query)).distance_type("dot")
+            search = search.nprobes(max(PROBES, self._table.count_rows() // PARTITION // 8)).limit(k + SLACK)
+            found = search.select(["id", "payload", "vector", "_distance"]).to_arrow()
+            vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), len(query))
+            # LanceDB returns 1 - cosine, which has fewer digits.
+            rows = zip(found["id"].to_pylist(), (vectors @ query).tolist(), found["payload"].to_pylist(), strict=True)
+            best = sorted(rows, key=lambda row: (-round(row[1], 6), row[0]))[:k]
+            return [Hit(item, coarse, json.loads(payload)) for item, coarse, payload in best]
 
-    def close(self) -> None:
-        """Close the store, so that another process can open the folder."""
-        self._client.close()
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turn the errors of LanceDB into a `UserError`; it raises many kinds for damaged files and full disks."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the vectors of the index, {self.address} (table {self.name}), cannot be {what}: {reason}; if it is "
+                "damaged, index the images into a new folder"
+            ) from error
 
 
-def _keep_a_write_ahead_log(database: Path) -> None:
-    """Switch SQLite to a write-ahead log, which is as safe as its journal and faster.
-
-    qdrant-client commits every point separately; docs/decisions/vector-store.md has the times. On a file system without
-    support SQLite keeps its journal.
-    """
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
+def _among(ids: Sequence[str]) -> str:
+    """Return the SQL condition of some ids; raise `ValueError` for one that is not hexadecimal."""
+    if bad := [item for item in ids if not ID.fullmatch(item)]:
+        raise ValueError(f"{bad[0]!r} is not an id")
+    return f"id IN ({', '.join(repr(item) for item in ids)})"

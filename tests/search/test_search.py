@@ -1,13 +1,11 @@
 """The index over one's own images: the shortlist and the order of brute force, updates, interruptions, mistakes."""
 
-import contextlib
 import os
 import pathlib
 import runpy
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -21,9 +19,10 @@ from hacan.checkpoints.checkpoint import atomic_save, describe_model
 from hacan.checkpoints.pretrained import Pretrained
 from hacan.errors import UserError
 from hacan.search import Index
-from hacan.search.feature_file import FeatureFile
+from hacan.search.collection import Collection
+from hacan.search.files import IndexFiles
 from hacan.search.folder import images_below, texts_of_csv
-from hacan.search.store import VectorStore
+from hacan.search.store import VectorTable
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = ["a dog runs", "a small red cat sits on the grass", "the blue dog", "cat", "a big cat by a dog"]
@@ -79,6 +78,10 @@ def index(pretrained, folder, tmp_path):
         yield index
 
 
+def numbers_of(update):
+    return update.added, update.kept, update.moved, update.removed
+
+
 def counted(index, monkeypatch):
     """Count the images that are encoded."""
     numbers, encode = [], index.pretrained.encode_images
@@ -92,7 +95,7 @@ def counted(index, monkeypatch):
 
 
 def test_a_sentence_finds_what_brute_force_finds(index, pretrained):
-    paths = [item.payload["paths"][0] for item in index.rows()]
+    paths = [item.payload["paths"][0] for item in index.items()]
     assert len(paths) == 11
     images = pretrained.encode_images(paths)
     images = images._replace(high=images.high.half().float(), mid=images.mid.half().float())
@@ -131,28 +134,12 @@ def test_the_store_ranks_as_brute_force_with_ties(tmp_path):
     vectors = generator.standard_normal((300, 7)).astype(np.float32)
     vectors[40:60] = vectors[3]  # more than fit the shortlist
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    store = VectorStore(tmp_path / "vectors")
-    store.make("things", width=7)
-    store.put("things", range(300), vectors, [{"hash": str(row)} for row in range(300)])
+    table = VectorTable(str(tmp_path / "vectors"), "things", width=7)
+    table.add([f"{row:04x}" for row in range(300)], vectors, [{"row": row} for row in range(300)])
     for query in (vectors[3], vectors[7], -vectors[3]):
         scores = vectors @ query
         expected = np.argsort(-scores.round(6), kind="stable")[:13].tolist()
-        assert [hit.row for hit in store.nearest("things", query, 13)] == expected
-    store.close()
-
-
-def test_the_local_store_keeps_a_write_ahead_log(tmp_path):
-    store = VectorStore(tmp_path / "vectors")
-    store.make("things", width=7)
-    store.put("things", [3], np.eye(7, dtype=np.float32)[:1], [{"hash": "a"}])
-    (database,) = (tmp_path / "vectors").rglob("*.sqlite")
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert connection.execute("SELECT count(*) FROM points").fetchone() == (1,)  # on the disk, the store still open
-    store.close()
-    again = VectorStore(tmp_path / "vectors")
-    assert [item.row for item in again.items("things")] == [3]
-    again.close()
+        assert [hit.payload["row"] for hit in table.nearest(query, 13)] == expected
 
 
 @pytest.mark.parametrize("arguments", [{}, {"text": " "}, {"text": "a dog", "image": "x.png"}])
@@ -177,7 +164,7 @@ def test_queries_that_make_no_sense_are_named(index):
 def test_unchanged_files_are_not_encoded_again(index, folder, monkeypatch):
     numbers = counted(index, monkeypatch)
     update = index.update(folder, progress=False)
-    assert numbers == [] and update[:4] == (0, 11, 0, 0)
+    assert numbers == [] and numbers_of(update) == (0, 11, 0, 0)
     assert sorted(os.path.basename(path) for path, _ in update.bad) == ["bad.jpg", "empty.png"]
     assert all("cannot be decoded" in reason for _, reason in update.bad)
 
@@ -189,28 +176,29 @@ def test_changes_are_followed(index, folder, monkeypatch):
     draw(folder / "1.png", 50)
     draw(folder / "new.png", 51)
     numbers = counted(index, monkeypatch)
-    assert index.update(folder, progress=False)[:4] == (2, 9, 1, 2)
+    assert numbers_of(index.update(folder, progress=False)) == (2, 9, 1, 2)
     assert sum(numbers) == 2
     after = {result.name: result for result in index.search("a dog runs", top=20)}
     assert len(after) == 11 and str(folder / "3.png") not in after
     moved = next(result for result in before if result.name.endswith("5.jpg"))
     assert after[str(folder / "moved.jpg")][3:] == pytest.approx(moved[3:])
-    assert sorted(item.row for item in index.rows()) == list(range(11))  # rows that became free are used again
+    features = list((pathlib.Path(index.address) / "features" / "pictures").rglob("*.f16"))
+    assert {path.stem for path in features} == {item.id for item in index.items()}  # those of removed images are gone
 
 
 def test_copies_are_one_item_until_the_last_leaves(index, folder):
-    item = next(item for item in index.rows() if len(item.payload["paths"]) == 2)
+    item = next(item for item in index.items() if len(item.payload["paths"]) == 2)
     (folder / "2.png").unlink()
-    assert index.update(folder, progress=False)[:4] == (0, 11, 1, 0)
-    assert index.item(item.row).payload["paths"] == [str(folder / "deep" / "copy of 2.png")]
+    assert numbers_of(index.update(folder, progress=False)) == (0, 11, 1, 0)
+    assert index.item(item.id).payload["paths"] == [str(folder / "deep" / "copy of 2.png")]
 
 
 def test_other_folders_keep_theirs_and_a_moved_folder_is_followed(index, folder, tmp_path):
     draw(tmp_path / "other" / "a.png", 60)
-    assert index.update(tmp_path / "other", progress=False)[:4] == (1, 11, 0, 0)
+    assert numbers_of(index.update(tmp_path / "other", progress=False)) == (1, 11, 0, 0)
     folder.rename(tmp_path / "renamed")
-    assert index.update(tmp_path / "renamed", progress=False)[:4] == (0, 12, 11, 0)
-    assert all("/pictures/" not in path for item in index.rows() for path in item.payload["paths"])
+    assert numbers_of(index.update(tmp_path / "renamed", progress=False)) == (0, 12, 11, 0)
+    assert all("/pictures/" not in path for item in index.items() for path in item.payload["paths"])
 
 
 def test_an_interrupted_update_goes_on(pretrained, folder, tmp_path, monkeypatch):
@@ -226,28 +214,26 @@ def test_an_interrupted_update_goes_on(pretrained, folder, tmp_path, monkeypatch
     monkeypatch.setattr(pretrained, "encode_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         index.update(folder, batch_size=4, progress=False)
-    index.close()
     monkeypatch.setattr(pretrained, "encode_images", encode)
     with Index.open(tmp_path / "index", model=pretrained) as index:
         kept = index.count()
         assert kept == calls[0] + calls[1]
-        assert index.update(folder, progress=False)[:4] == (11 - kept, kept, 0, 0)
-        images = pretrained.encode_images([item.payload["paths"][0] for item in index.rows()])
+        assert numbers_of(index.update(folder, progress=False)) == (11 - kept, kept, 0, 0)
+        images = pretrained.encode_images([item.payload["paths"][0] for item in index.items()])
         scores = pretrained.score(images, pretrained.encode_texts(["a cat"]))[:, 0].sort(descending=True).values
         found = torch.tensor([result.fine for result in index.search("a cat", top=11)])
         torch.testing.assert_close(found, scores, rtol=1e-2, atol=1e-2)  # float16 features
 
 
 def test_texts_are_replaced(index, monkeypatch):
-    assert index.set_texts([TEXTS[1], "a red dog", TEXTS[3]], progress=False)[:4] == (1, 2, 0, 3)
-    assert {item.payload["text"] for item in index.rows("texts")} == {TEXTS[1], "a red dog", TEXTS[3]}
+    assert numbers_of(index.set_texts([TEXTS[1], "a red dog", TEXTS[3]], progress=False)) == (1, 2, 0, 3)
+    assert {item.payload["text"] for item in index.items("texts")} == {TEXTS[1], "a red dog", TEXTS[3]}
 
 
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
 
 def test_another_model_is_refused_in_one_line(index, pretrained, make_model, tokenizer, tmp_path):
-    index.close()
     other = Pretrained(model=make_model(), tokenizer=tokenizer, image_size=64, centre_crop=True, max_text_len=12)
     with pytest.raises(UserError, match=r"was created with the model [0-9a-f]{12}, but the model given is") as caught:
         Index.open(tmp_path / "index", model=other)
@@ -266,9 +252,6 @@ def test_places_that_hold_no_index_are_named(index, pretrained, tmp_path, folder
         Index.create(folder, model=pretrained)
     with pytest.raises(UserError, match="is not a folder"):
         index.update(tmp_path / "nothing", progress=False)
-    with pytest.raises(UserError, match="open in another process"):
-        Index.open(tmp_path / "index", model=pretrained)
-    index.close()
     with pytest.raises(UserError, match="does not know where its model is"):
         Index.open(tmp_path / "index")
     (tmp_path / "index" / "index.json").write_text("{")
@@ -276,26 +259,50 @@ def test_places_that_hold_no_index_are_named(index, pretrained, tmp_path, folder
         Index.open(tmp_path / "index", model=pretrained)
 
 
-def test_a_cluster_that_does_not_answer_is_named(pretrained, tmp_path):
-    with pytest.raises(UserError, match=r"no Qdrant answers at http://127.0.0.1:9"):
-        Index.create(tmp_path / "index", model=pretrained, store="http://127.0.0.1:9")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 1, "store": ""}', "made by an earlier version"),
+        ('{"format": "x"}', "of format x; expected format 2"),
+        ("[]", "expected format 2"),
+        ('{"format": 2}', "damaged"),
+        ('{"format": 2, "shapes": {"high": 4, "mid": 16, "width": 1e99}, "max_text_len": 12}', "damaged"),
+        ('{"format": 2, "shapes": {"high": 4, "mid": 16, "width": 8}, "max_text_len": 12}', "lacks 'centre_crop'"),
+    ],
+)
+def test_other_formats_are_named_in_one_line(index, pretrained, content, message):
+    (pathlib.Path(index.address) / "index.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        Index.open(index.address, model=pretrained)
+    assert "\n" not in str(caught.value)
 
 
-def test_rows_grow_and_refuse_what_float16_cannot_hold(tmp_path):
-    file = FeatureFile(tmp_path / "a.f16", (3, 2))
-    values = np.random.default_rng(0).standard_normal((2, 3, 2)).astype(np.float32)
-    file.write([4, 1], values)
-    assert np.array_equal(file.read([1, 4]), values[::-1].astype(np.float16)) and not file.read([0]).any()
-    file.write([9], values[:1])
-    assert np.array_equal(file.read([9])[0], values[0].astype(np.float16))
+def test_features_are_stored_in_float16(tmp_path):
+    table = VectorTable(str(tmp_path), "pictures", width=2)
+    collection = Collection(table, IndexFiles(tmp_path), high=(3, 2), mid=(4, 2))
+    generator = np.random.default_rng(0)
+    high, mid = (
+        generator.standard_normal((2, *shape)).astype(np.float32) for shape in (collection.high, collection.mid)
+    )
+    pooled = np.eye(2, dtype=np.float32)
+    collection.put(["aa", "bb"], high=high, mid=mid, pooled=pooled, payloads=[{}, {}])
+    found = collection.features(["bb", "aa"], torch.device("cpu"))
+    assert np.array_equal(found[0].numpy(), high[::-1].astype(np.float16))
+    assert np.array_equal(found[1].numpy(), mid[::-1].astype(np.float16))
     with pytest.raises(UserError, match="do not fit float16"):
-        file.write([0], values[:1] + 1e6)
-    with pytest.raises(UserError, match="damaged"):
-        file.read([10])
+        collection.put(["cc"], high=high[:1] + 1e6, mid=mid[:1], pooled=pooled[:1], payloads=[{}])
+    assert table.count() == 2
+    collection.put(["aa"], high=high[:1], mid=mid[:1], pooled=pooled[:1], payloads=[{}])  # twice is once
+    assert table.count() == 2
+    (tmp_path / "features" / "pictures" / "aa" / "aa.f16").write_bytes(b"short")
+    with pytest.raises(UserError, match="has 5 bytes, expected 28"):
+        collection.features(["aa"], torch.device("cpu"))
+    with pytest.raises(UserError, match="the index is damaged"):
+        collection.features(["../../secret"], torch.device("cpu"))
 
 
 def test_images_are_found_at_any_depth(folder):
-    names = [str(path.relative_to(folder)) for path in images_below(folder)]
+    names = [str(path.relative_to(folder)) for path in images_below(folder).images]
     assert names == sorted(names) and len(names) == 14
     assert "deep/er/4.jpg" in names and "notes.txt" not in names and ".hidden/secret.png" not in names
 
@@ -381,8 +388,8 @@ def test_a_killed_indexing_goes_on(trained_checkpoint, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "index.py"), str(tmp_path / "pictures"), "--index", str(place)]
     # each batch waits, so that the end comes in the middle
     slow = (
-        "import runpy, sys, time; from hacan.search.store import VectorStore as S; put = S.put\n"
-        "S.put = lambda *a: (put(*a), time.sleep(0.3))\n"
+        "import runpy, sys, time; from hacan.search.store import VectorTable as T; add = T.add\n"
+        "T.add = lambda *a: (add(*a), time.sleep(0.3))\n"
         "sys.argv = sys.argv[1:]; sys.exit(runpy.run_path(sys.argv[0])['main']())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -400,8 +407,5 @@ def test_a_killed_indexing_goes_on(trained_checkpoint, tmp_path):
 
 
 def _stored(place):
-    """Points of the images' collection, as another process sees them."""
-    for database in place.rglob("*_pictures/storage.sqlite"):
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as connection:
-            return connection.execute("SELECT count(*) FROM points").fetchone()[0]
-    return 0
+    """Number of indexed images, as another process sees it."""
+    return VectorTable(str(place), "pictures").count() if (place / "index.json").exists() else 0

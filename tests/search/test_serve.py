@@ -100,7 +100,7 @@ def test_sentences_and_images_are_answered_as_by_the_index(address, index, pictu
     assert answered(address, "/api/about") == {"pictures": 5, "texts": 3}
     found = answered(address, "/api/search?text=a%20red%20cat&top=4")
     expected = index.search("a red cat", top=4)
-    assert [r["row"] for r in found["results"]] == [r.row for r in expected]
+    assert [r["id"] for r in found["results"]] == [r.id for r in expected]
     assert [r["fine"] for r in found["results"]] == pytest.approx([r.fine for r in expected])
     assert found["results"][0]["name"].endswith(" <b>.png") and "/" not in found["results"][0]["name"]
     content = (pictures / "3 <b>.png").read_bytes()
@@ -111,11 +111,11 @@ def test_sentences_and_images_are_answered_as_by_the_index(address, index, pictu
 
 
 def test_images_are_addressed_by_number_and_reencoded(address, index):
-    for item in index.rows():
-        status, headers, content = asked(address, f"/pictures/{item.row}")
+    for item in index.items():
+        status, headers, content = asked(address, f"/pictures/{item.id}")
         shown = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
         assert status == 200 and headers["Content-Type"] == "image/jpeg" and shown.shape == (70, 90, 3)
-    assert asked(address, "/pictures/0?size=huge")[0] == 400
+    assert asked(address, f"/pictures/{item.id}?size=huge")[0] == 400
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_nothing_else_is_served(address, path):
 
 def test_a_file_that_became_something_else_is_not_served(address, index, tmp_path):
     (tmp_path / "secret").write_text("the secret")
-    item = index.rows()[0]
+    item = index.items()[0]
     path = item.payload["paths"][0]
     pathlib.Path(path).unlink()
-    assert asked(address, f"/pictures/{item.row}")[0] == 410
+    assert asked(address, f"/pictures/{item.id}")[0] == 410
     pathlib.Path(path).symlink_to(tmp_path / "secret")
-    status, _, content = asked(address, f"/pictures/{item.row}")
+    status, _, content = asked(address, f"/pictures/{item.id}")
     assert status == 400 and b"the secret" not in content
 
 
@@ -152,20 +152,20 @@ def test_other_names_are_not_answered(address):
 
 
 def test_words_are_mapped(address, index):
-    row = index.rows()[0].row
-    found = answered(address, f"/api/explain?row={row}&text=a%20red%20cat%20runs&stream=ksf")
+    item = index.items()[0].id
+    found = answered(address, f"/api/explain?id={item}&text=a%20red%20cat%20runs&stream=ksf")
     assert [word["word"] for word in found["words"]] == ["a", "red", "cat", "runs"]
     content = base64.b64decode(found["words"][2]["map"].split(",")[1])
     assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR).shape == (64, 64, 3)
-    query = {"row": row, "text": "a", "stream": "nothing"}
+    query = {"id": item, "text": "a", "stream": "nothing"}
     assert asked(address, "/api/explain?" + urllib.parse.urlencode(query))[0] == 400
-    assert asked(address, "/api/explain?row=99&text=cat")[0] == 404
+    assert asked(address, "/api/explain?id=99&text=cat")[0] == 404
 
 
 def test_a_sentence_without_words_is_explained(address, index):
-    row = index.rows()[0].row
+    item = index.items()[0].id
     assert len(answered(address, "/api/search?text=%E2%80%8B")["results"]) == 5  # a space of no width
-    status, _, content = asked(address, f"/api/explain?row={row}&text=%E2%80%8B")
+    status, _, content = asked(address, f"/api/explain?id={item}&text=%E2%80%8B")
     assert status == 400 and b"no word" in content
 
 

@@ -58,8 +58,8 @@ function show(answer) {
 function card(result) {
   const item = document.createElement("li");
   if (shown.find === "pictures") {
-    const link = element("a", "", { href: `/pictures/${result.row}?size=large`, target: "_blank", rel: "noopener" });
-    const small = `/pictures/${result.row}`;
+    const link = element("a", "", { href: `/pictures/${result.id}?size=large`, target: "_blank", rel: "noopener" });
+    const small = `/pictures/${result.id}`;
     link.append(element("img", "", { src: small, alt: `${result.rank}: ${result.name}`, loading: "lazy", "data-plain": small }));
     item.append(link);
   }
@@ -71,11 +71,11 @@ function card(result) {
   return item;
 }
 
-function mapsOf(row) {
+function mapsOf(id) {
   const stream = at("stream").value;
-  const key = `${row} ${stream}`;
+  const key = `${id} ${stream}`;
   if (!maps.has(key)) {
-    const query = new URLSearchParams({ row, text: shown.text, stream });
+    const query = new URLSearchParams({ id, text: shown.text, stream });
     const found = answerOf(`/api/explain?${query}`);
     found.catch(() => maps.delete(key)); // asked again another time
     maps.set(key, found);
@@ -86,7 +86,7 @@ function mapsOf(row) {
 async function makeChips() {
   const mine = asked;
   try {
-    const { words } = await mapsOf(shown.results[0].row); // words as the model reads them
+    const { words } = await mapsOf(shown.results[0].id); // words as the model reads them
     if (mine !== asked) return;
     at("chips").replaceChildren(...words.map(({ word }, place) => {
       const chip = element("button", word, { type: "button", "aria-pressed": "false" });
@@ -113,7 +113,7 @@ async function point(place) {
   const mine = asked;
   for (let k = 0; k < Math.min(MAPPED, pictures.length); k++) {
     try {
-      const { words } = await mapsOf(shown.results[k].row);
+      const { words } = await mapsOf(shown.results[k].id);
       if (mine !== asked || chosen !== place) return;
       pictures[k].src = words[place].map;
       pictures[k].dataset.map = words[place].word;
