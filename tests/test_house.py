@@ -110,7 +110,7 @@ BUDGETS = {
     "hacan/images": 120,
     "hacan/retrieval": 1575,
     "hacan/report": 700,
-    "hacan/search": 800,
+    "hacan/search": 880,
     "datamodules": 1700,
 }
 # File names that were replaced by the terms of the field.

@@ -20,6 +20,8 @@ class IndexFiles:
         try:
             if self.remote:
                 self._filesystem, self._root = fs.FileSystem.from_uri(self.address)
+                if not self._root:
+                    raise ValueError("it names no bucket")
             else:
                 self._filesystem, self._root = fs.LocalFileSystem(), os.path.abspath(self.address)
         except (OSError, ValueError) as error:

@@ -104,8 +104,9 @@ class VectorTable:
                 )
 
     def items(self) -> Iterator[Item]:
-        """Yield all items, by id."""
+        """Yield all items of the latest version, by id."""
         with self._errors("read"):
+            self._table.checkout_latest()
             found = self._table.search().select(["id", "payload"]).to_arrow().sort_by("id")
             for row in found.to_pylist():
                 yield Item(row["id"], json.loads(row["payload"]))
@@ -138,10 +139,10 @@ class VectorTable:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """Turn the errors of LanceDB into a `UserError`; it raises many kinds for damaged files and full disks."""
+        """Turn the errors of LanceDB into a `UserError`; a damaged file can raise any kind, and panics of Rust."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"the vectors of the index, {self.address} (table {self.name}), cannot be {what}: {reason}; if it is "
