@@ -6,10 +6,10 @@ are used as `python run.py with coco_config data_root=/data`.
 
 from inspect import Parameter, Signature
 
-from sacred import SETTINGS, Experiment
+from sacred import SETTINGS
 
 from hacan.public_config import DATASET_OF_EXPERIMENT, PUBLIC_KEYS, text_encoder_of
-from hacan.sacred_setup import git_commit_is_readable, read_plain_configs
+from hacan.sacred_setup import Experiment, git_commit_is_readable, read_plain_configs
 
 # Sacred's capture of standard output would record every redraw of a progress bar.
 SETTINGS.CAPTURE_MODE = "no"

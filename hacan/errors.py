@@ -46,6 +46,11 @@ def print_error(error: UserError | str) -> int:
     return 2
 
 
+def path(value: str) -> Path:
+    """Return the path that an option of a script gives; a leading ~ is the home folder."""
+    return Path(value).expanduser()
+
+
 def printable(text: object) -> str:
     r"""Return a file name, or a message with one, for people: what cannot be shown is escaped.
 

@@ -3,23 +3,43 @@
 import json
 import logging
 import os
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 # GitPython, which Sacred imports, raises on import where there is no git executable, unless it is told otherwise.
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
+import sacred
 import sacred.arg_parser
 import yaml
 from sacred.config import config_files
 from sacred.dependencies import get_commit_if_possible
 from sacred.observers import FileStorageObserver
+from sacred.utils import SacredError
 
 from hacan.errors import UserError, one_line_errors
 
 log = logging.getLogger(__name__)
 
+PROJECT = Path(__file__).resolve().parents[1]
 CONFIG_FORMATS = (".json", ".yaml", ".yml")
+
+
+class Experiment(sacred.Experiment):
+    """A Sacred experiment whose command line answers a mistake with one line."""
+
+    def run(self, *arguments: Any, **options: Any) -> Any:
+        """Run a command; end the program with one line if the command line names something that does not exist."""
+        with one_line_errors():
+            try:
+                return super().run(*arguments, **options)
+            except (ImportError, LookupError, ValueError, SacredError) as error:
+                files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[1:]]
+                if any(file.is_relative_to(PROJECT) and "site-packages" not in file.parts for file in files):
+                    raise  # by this project's code, not by Sacred's
+                reason = " ".join(str(error.args[0] if error.args else error).split())
+                raise UserError(f"Sacred cannot follow the command line: {reason}; see run.py --help") from error
 
 
 def plain(value: Any) -> Any:
@@ -103,7 +123,10 @@ class RunRecord(FileStorageObserver):
     def started_event(self, *arguments: Any, **options: Any) -> str:
         """Start the record, or end the program with one line."""
         with one_line_errors():
-            name = super().started_event(*arguments, **options)
+            try:
+                name = super().started_event(*arguments, **options)
+            except FileExistsError as error:
+                raise UserError(f"{error.filename} exists: --id was used before; give another one") from error
         self._started = True
         return name
 

@@ -15,18 +15,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.inspection import LOOKED_FOR, describe, inspect_data_set, present_data_sets
+from hacan.errors import path, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_root", type=Path, help="folder that contains the data set's folder, as for run.py")
+    parser.add_argument("data_root", type=path, help="folder that contains the data set's folder, as for run.py")
     parser.add_argument("--datasets", choices=list(LOOKED_FOR), help="check only this one (default: all found)")
     parser.add_argument("--decode", action="store_true", help="decode every image and list those that fail")
     parser.add_argument("--no-restval", action="store_true", help="COCO: without the restval images")
     parser.add_argument("--all", action="store_true", help="list all missing or damaged images (default: ten)")
     options = parser.parse_args(arguments)
-    root = options.data_root.expanduser()
+    root = options.data_root
     if not root.is_dir():
         print(f"{root} {'is not a folder' if root.exists() else 'does not exist'}", file=sys.stderr)
         return 1
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     complete = True
     for name in names:
         findings = inspect_data_set(name, root, use_restval=not options.no_restval, decode=options.decode)
-        print(describe(findings, most=sys.maxsize if options.all else 10))
+        lines = describe(findings, most=sys.maxsize if options.all else 10).split("\n")
+        print("\n".join(map(printable, lines)))
         complete &= findings.complete
     return 0 if complete else 1
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error
+from hacan.errors import UserError, path, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, help="run folder or metrics.json")
-    parser.add_argument("second", type=Path, help="run folder or metrics.json")
+    parser.add_argument("first", type=path, help="run folder or metrics.json")
+    parser.add_argument("second", type=path, help="run folder or metrics.json")
     parser.add_argument(
         "--across",
         action="append",

@@ -14,17 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error
+from hacan.errors import UserError, path, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--runs", type=Path, default=Path("result/demo"), help="folder of the demo's runs (default: %(default)s)"
+        "--runs", type=path, default=Path("result/demo"), help="folder of the demo's runs (default: %(default)s)"
     )
     parser.add_argument(
-        "--data", type=Path, default=Path("data/demo"), help="data root of the demo (default: %(default)s)"
+        "--data", type=path, default=Path("data/demo"), help="data root of the demo (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     try:

@@ -14,17 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error
+from hacan.errors import UserError, path, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", type=Path, help="an image file")
+    parser.add_argument("image", type=path, help="an image file")
     parser.add_argument("caption", help="a sentence")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of a training, or exported folder")
+    parser.add_argument("--checkpoint", type=path, required=True, help="checkpoint of a training, or exported folder")
     parser.add_argument(
-        "--out", type=Path, help="PNG file to write (default: IMAGE.heatmaps.png in the current folder)"
+        "--out", type=path, help="PNG file to write (default: IMAGE.heatmaps.png in the current folder)"
     )
     parser.add_argument(
         "--alpha", type=float, default=0.75, help="opacity of the heatmap, 0 to 1 (default: %(default)s)"

@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error
+from hacan.errors import UserError, path, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint of a training, such as best.ckpt")
-    parser.add_argument("folder", type=Path, help="folder to write; created if needed")
+    parser.add_argument("checkpoint", type=path, help="checkpoint of a training, such as best.ckpt")
+    parser.add_argument("folder", type=path, help="folder to write; created if needed")
     parser.add_argument(
         "--onnx", action="store_true", help="also write both encoders as ONNX files, verified with onnxruntime"
     )

@@ -16,17 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error, printable
+from hacan.errors import UserError, path, print_error, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, help="folder of images, at any depth")
-    parser.add_argument("--model", type=Path, help="exported folder or checkpoint; required for a new index, "
+    parser.add_argument("pictures", type=path, help="folder of images, at any depth")
+    parser.add_argument("--model", type=path, help="exported folder or checkpoint; required for a new index, "
                         "later runs use the same model")  # fmt: skip
     parser.add_argument("--index", required=True, help="folder of the index, or s3://BUCKET/FOLDER; created if needed")
-    parser.add_argument("--captions", type=Path, help="CSV file with a column caption: texts that images find")
+    parser.add_argument("--captions", type=path, help="CSV file with a column caption: texts that images find")
     parser.add_argument("--store", help=argparse.SUPPRESS)  # the address of a Qdrant server, before LanceDB
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             index = Index.create(options.index, model=options.model, device=options.device)
         update = index.update(options.pictures)
         changes = index.set_texts(texts) if texts is not None else None
-        for path, reason in update.bad:
-            print(printable(f"skipped {path}: {reason}"), file=sys.stderr)
+        for place, reason in update.bad:
+            print(printable(f"skipped {place}: {reason}"), file=sys.stderr)
         print(
             f"{options.index}: {index.count()} images ({update.added} added, {update.kept} kept, "
             f"{update.moved} of them moved, {update.removed} removed, {len(update.bad)} files skipped)"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error
+from hacan.errors import UserError, path, print_error
 from scripts.reproduction.execute import Execution, check_same_study, finished_folder, write_commands
 from scripts.reproduction.plan import Run, Study, load_study
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("study", help="demo, f8k, f30k, coco, or the path of a YAML file")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 of every row (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder of all results (default: result/study-STUDY)")
+    parser.add_argument("--out", type=path, help="folder of all results (default: result/study-STUDY)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one per GPU (default: %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="config key of all runs; repeatable"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error, printable
+from hacan.errors import UserError, path, print_error, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", help="folder of the index, or s3://BUCKET/FOLDER")
     parser.add_argument("text", nargs="?", default="", help="a sentence")
-    parser.add_argument("--image", type=Path, help="query image: finds texts, or similar images")
+    parser.add_argument("--image", type=path, help="query image: finds texts, or similar images")
     parser.add_argument(
         "--find",
         choices=["pictures", "texts"],
@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         default=50,
         help="number K of items that the fine stage re-ranks (default: %(default)s)",
     )
-    parser.add_argument("--html", type=Path, help="also write an HTML page with thumbnails")
+    parser.add_argument("--html", type=path, help="also write an HTML page with thumbnails")
     parser.add_argument("--explain", action="store_true", help="add word heatmaps to the page (default file: "
                         "search.html)")  # fmt: skip
-    parser.add_argument("--model", type=Path, help="location of the model, if it was moved")
+    parser.add_argument("--model", type=path, help="location of the model, if it was moved")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

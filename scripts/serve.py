@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hacan.errors import UserError, print_error
+from hacan.errors import UserError, path, print_error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="address to listen on; 0.0.0.0 lets the whole network search (default: %(default)s)",
     )
     parser.add_argument("--port", type=int, default=8000, help="port (default: %(default)s)")
-    parser.add_argument("--model", type=Path, help="location of the model, if it was moved")
+    parser.add_argument("--model", type=path, help="location of the model, if it was moved")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import ROOT, environment
 
 from hacan.errors import UserError
-from hacan.sacred_setup import plain
+from hacan.sacred_setup import RunRecord, plain
 
 CODE = {"py/reduce": [{"py/function": "os.mkdir"}, {"py/tuple": ["HARMED"]}]}
 
@@ -121,3 +121,27 @@ def test_importing_hacan_sets_a_user_name_where_the_system_has_none():
     nameless = {key: value for key, value in environment().items() if key not in named}
     result = subprocess.run([sys.executable, "-c", code], env=nameless, capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "True", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("-m db", "No module named 'pymongo'"),
+        ("-S nowhere", "Valid bucket specification not found"),
+        ("--loglevel NOPE", "Unknown level: 'NOPE'"),
+        ("with nothing.yaml", '"nothing.yaml" not found'),
+        ("with no_config", 'Named config not found: "no_config"'),
+    ],
+)
+def test_a_command_line_that_sacred_cannot_follow_is_one_line(tmp_path, words, named):
+    command = [sys.executable, str(ROOT / "run.py"), "print_config", *words.split()]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1
+
+
+def test_a_run_number_that_was_used_before_is_one_line(tmp_path, capsys):
+    (tmp_path / "7").mkdir()
+    with pytest.raises(SystemExit):
+        RunRecord(tmp_path).started_event({"base_dir": ".", "sources": []}, "main", {}, None, {}, {}, "7")
+    assert "7 exists: --id was used before" in capsys.readouterr().err

@@ -23,6 +23,7 @@ class IndexFiles:
                 if not self._root:
                     raise ValueError("it names no bucket")
             else:
+                self.address = os.path.expanduser(self.address)
                 self._filesystem, self._root = fs.LocalFileSystem(), os.path.abspath(self.address)
         except (OSError, ValueError) as error:
             raise UserError(

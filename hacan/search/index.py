@@ -260,6 +260,12 @@ def _read_about(files: IndexFiles) -> dict[str, Any]:
 
 
 def _loaded(model: str | Path | Pretrained, device: torch.device | str) -> Pretrained:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a name, a backend, or a number
+        raise UserError(
+            f"device {str(device)!r} is not available here: give cpu, or cuda where there is a GPU"
+        ) from error
     return model if isinstance(model, Pretrained) else Pretrained.load(model, device=device)
 
 

@@ -29,7 +29,7 @@ from hacan.checkpoints.pretrained import Pretrained
 from hacan.models.factory import build_model
 from hacan.search import Index
 from hacan.search.index import PICTURES, SHORTLIST
-from hacan.search.store import VectorStore
+from hacan.search.store import VectorTable
 
 SENTENCE = "two dogs run on grass with a man with a red hat"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(SENTENCE.split())]
@@ -56,14 +56,15 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 def payload(row: int) -> dict[str, Any]:
     """As an indexed image has it."""
-    return {"hash": f"{row:040x}", "paths": [f"/pictures/{row:07d}.jpg"]}
+    return {"paths": [f"/pictures/{row:07d}.jpg"]}
 
 
-def fill_store(store: VectorStore, collection: str, vectors: np.ndarray) -> None:
-    """Put all vectors, BATCH at a time as an indexing does."""
+def fill(table: VectorTable, vectors: np.ndarray) -> None:
+    """Add all vectors, BATCH at a time as an indexing does."""
     for start in tqdm(range(0, len(vectors), BATCH), desc="storing vectors", unit="batch", mininterval=5):
         rows = range(start, min(start + BATCH, len(vectors)))
-        store.put(collection, rows, vectors[rows], [payload(row) for row in rows])
+        table.add([f"{row:08x}" for row in rows], vectors[rows], [payload(row) for row in rows])
+    table.optimise()
 
 
 def measure_queries(pictures: int, folder: Path) -> None:
@@ -73,15 +74,15 @@ def measure_queries(pictures: int, folder: Path) -> None:
     collection = index.collections[PICTURES]
     pooled = Embeddings(WIDTH).draw(pictures, generator)
     high, mid = (
-        generator.standard_normal((BATCH, *file.shape)).astype(np.float32) for file in (collection.high, collection.mid)
+        generator.standard_normal((BATCH, *shape)).astype(np.float32) for shape in (collection.high, collection.mid)
     )
     start = time.perf_counter()
     for first in tqdm(range(0, pictures, BATCH), desc="storing items", unit="batch", mininterval=5):
         rows = range(first, min(first + BATCH, pictures))
         some = slice(0, len(rows))
-        collection.put(
-            rows, high=high[some], mid=mid[some], pooled=pooled[rows], payloads=[payload(row) for row in rows]
-        )
+        ids, payloads = [f"{row:08x}" for row in rows], [payload(row) for row in rows]
+        collection.put(ids, high=high[some], mid=mid[some], pooled=pooled[rows], payloads=payloads)
+    collection.table.optimise()
     print(f"stored {pictures:,} items with their features in {time.perf_counter() - start:.0f} s", flush=True)
     query = index.pretrained.encode_texts([SENTENCE])
     hits = index.shortlist(query.pooled[0], PICTURES, SHORTLIST)
@@ -93,7 +94,6 @@ def measure_queries(pictures: int, folder: Path) -> None:
         ("whole query", lambda: index.search(SENTENCE)),
     ):
         print("| {} | {:.1f} | {:.1f} |".format(name, *timed(function)), flush=True)
-    index.close()
 
 
 def measure_coarse(sizes: list[int], folder: Path) -> None:
@@ -105,22 +105,19 @@ def measure_coarse(sizes: list[int], folder: Path) -> None:
     for number in sizes:
         generator = np.random.default_rng(1)
         vectors, queries = (Embeddings(WIDTH).draw(n, generator) for n in (number, REPEATS))
-        store = VectorStore(folder / f"coarse-{number}")
-        store.make("vectors", width=WIDTH)
+        place = str(folder / f"coarse-{number}")
         start = time.perf_counter()
-        fill_store(store, "vectors", vectors)
+        fill(VectorTable(place, "vectors", width=WIDTH), vectors)
         filled = time.perf_counter() - start
-        store.close()
         start = time.perf_counter()
-        store = VectorStore(folder / f"coarse-{number}")
+        table = VectorTable(place, "vectors")
         opened = time.perf_counter() - start
-        found = [{hit.row for hit in store.nearest("vectors", query, SHORTLIST)} for query in queries]
+        found = [{int(hit.id, 16) for hit in table.nearest(query, SHORTLIST)} for query in queries]
         exact = [set(np.argsort(-(vectors @ query), kind="stable")[:SHORTLIST].tolist()) for query in queries]
         recall = np.mean([len(one & other) / SHORTLIST for one, other in zip(found, exact, strict=True)])
-        median, largest = timed(lambda store=store, query=queries[0]: store.nearest("vectors", query, SHORTLIST))
-        lines.append(f"| {number:,} | {filled:.1f} | {opened:.1f} | {median:.1f} | {largest:.1f} | {recall:.4f} |")
-        store.close()
-        shutil.rmtree(folder / f"coarse-{number}")
+        median, largest = timed(lambda table=table, query=queries[0]: table.nearest(query, SHORTLIST))
+        lines.append(f"| {number:,} | {filled:.1f} | {opened:.3f} | {median:.1f} | {largest:.1f} | {recall:.4f} |")
+        shutil.rmtree(place)
         print(*(lines if number == sizes[-1] else lines[-1:]), sep="\n", flush=True)
 
 

@@ -22,6 +22,7 @@ from hacan.search import Index
 from hacan.search.collection import Collection
 from hacan.search.files import IndexFiles
 from hacan.search.folder import images_below, texts_of_csv
+from hacan.search.results_page import format_table, write_page
 from hacan.search.store import VectorTable
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -243,6 +244,12 @@ def test_another_model_is_refused_in_one_line(index, pretrained, make_model, tok
         Index.open(tmp_path / "index", model=pretrained)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "mps"])
+def test_a_device_that_does_not_exist_is_one_line(index, pretrained, device):
+    with pytest.raises(UserError, match=f"device '{device}' is not available here: give cpu"):
+        Index.open(index.address, model=pretrained, device=device)
+
+
 def test_places_that_hold_no_index_are_named(index, pretrained, tmp_path, folder):
     with pytest.raises(UserError, match="is not an index"):
         Index.open(tmp_path / "nothing", model=pretrained)
@@ -305,6 +312,77 @@ def test_images_are_found_at_any_depth(folder):
     names = [str(path.relative_to(folder)) for path in images_below(folder).images]
     assert names == sorted(names) and len(names) == 14
     assert "deep/er/4.jpg" in names and "notes.txt" not in names and ".hidden/secret.png" not in names
+
+
+def test_the_content_of_a_file_decides(folder, index):
+    jpeg = (folder / "deep" / "er" / "4.jpg").read_bytes()
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+    for suffix in (".gif", ".bmp", ".tiff", ".avif", ".jp2", ".ppm"):
+        image = 255 - image
+        cv2.imwrite(str(folder / f"other{suffix}"), image + np.uint8(len(suffix)))
+    for name in ("photo.jfif", "photo.jpe", "photo", "photo.txt"):
+        (folder / name).write_bytes(jpeg + name.encode())  # other bytes, the same pixels
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (folder / "phone.jpg").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(40))
+    (folder / "film.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(40))
+    (folder / "README").write_text("BM is no bitmap")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "device.png").symlink_to("/dev/zero")
+    (folder / "gone.png").symlink_to(folder / "nothing")
+    found = images_below(folder)
+    names = {path.name for path in found.images}
+    assert {"photo.jfif", "photo.jpe", "photo", "photo.txt", "other.gif", "other.bmp", "other.tiff", "bad.jpg"} <= names
+    kinds = {"HEIC": 2, ".mp4": 1, ".txt": 1, ".ppm": 1, "without suffix": 1, "pipes and devices": 2}
+    assert dict(found.left_out) == kinds
+    assert [pathlib.Path(path).name for path, _ in found.unreadable] == ["gone.png"]
+    update = index.update(folder, progress=False)
+    assert update.left_out == kinds and {pathlib.Path(path).name for path, _ in update.bad} == {
+        "bad.jpg",
+        "empty.png",
+        "gone.png",
+    }
+    paths = [path for item in index.items() for path in item.payload["paths"]]
+    assert {pathlib.Path(path).name for path in paths} >= {"photo", "other.gif", "other.avif", "other.jp2"}
+    with pytest.raises(UserError, match="not a regular file"):
+        index.search(image=folder / "pipe.jpg")
+
+
+def test_images_that_cannot_be_read_now_stay_in_the_index(folder, index, monkeypatch):
+    locked, walk = folder / "deep" / "er", os.walk
+
+    def refuse(top, onerror=None, **more):
+        for place, folders, files in walk(top, onerror=onerror, **more):
+            if "er" in folders:  # as a folder of another user, whose rights root does not notice
+                folders.remove("er")
+                onerror(PermissionError(13, "Permission denied", str(locked)))
+            yield place, folders, files
+
+    monkeypatch.setattr(os, "walk", refuse)
+    update = index.update(folder, progress=False)
+    assert (update.kept, update.removed) == (11, 0)
+    assert (str(locked), "the folder cannot be listed: Permission denied") in update.bad
+    monkeypatch.undo()
+    shutil.rmtree(locked)
+    assert index.update(folder, progress=False).removed == 5
+
+
+def test_any_name_of_a_file_is_shown(pretrained, tmp_path, capsys):
+    place = tmp_path / "named"
+    place.mkdir()
+    names = [b"caf\xe9.png", b"two\nlines.png", b"\x1b[31mred.png", "\u202egnp.exe.png".encode(), "\u00e9.png".encode()]
+    for seed, name in enumerate(names):
+        draw(place / "x.png", seed)
+        os.rename(place / "x.png", os.fsencode(place) + b"/" + name)
+    index = Index.create(tmp_path / "index", model=pretrained)
+    assert index.update(place, progress=False).added == len(names)
+    results = index.search("a dog")
+    assert {os.fsencode(result.name) for result in results} == {os.fsencode(place) + b"/" + name for name in names}
+    table = format_table(results)
+    assert len(table.splitlines()) == 1 + len(names) and table.isascii() is False
+    shown = {line.split("/")[-1] for line in table.splitlines()[1:]}
+    assert shown == {"caf\\xe9.png", "two\\nlines.png", "\\x1b[31mred.png", "\\u202egnp.exe.png", "\u00e9.png"}
+    write_page(tmp_path / "found.html", results, text="a dog\udce9", explain_with=pretrained)
+    assert "caf\\xe9.png" in (tmp_path / "found.html").read_text(encoding="utf-8")
 
 
 def test_texts_come_from_a_csv_file(tmp_path):
