@@ -51,13 +51,16 @@ def draw_training(groups: Mapping[str, Sequence["Result"]]) -> Figure | None:
 
 
 def _validation(group: Sequence["Result"]) -> list[float]:
-    """Return the mean validation Rsum of every epoch that all seeds have."""
+    """Return the mean validation Rsum of every epoch that all seeds have; a resumed run has several logs."""
     seeds = []
     for result in group:
-        path = result.folder / "csv" / "metrics.csv"
-        if path.is_file():
+        epochs: dict[int, float] = {}
+        for path in sorted(result.folder.parent.glob("*/csv/metrics.csv"), key=lambda path: int(path.parts[-3])):
             with open(path, newline="") as file:
-                seeds.append([float(row["val/rsum"]) for row in csv.DictReader(file) if row.get("val/rsum")])
+                epochs |= {
+                    int(row["epoch"]): float(row["val/rsum"]) for row in csv.DictReader(file) if row.get("val/rsum")
+                }
+        seeds.append([value for _, value in sorted(epochs.items())])
     return [statistics.fmean(values) for values in zip(*seeds, strict=False)]
 
 
