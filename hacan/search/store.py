@@ -20,8 +20,8 @@ from hacan.errors import UserError
 EXACT = 20_000  # items that are scanned; above, an approximate index is built
 PARTITION, PROBES = 1500, 30  # items of a partition of that index; partitions that a query reads, at least
 SLACK = 32  # additional items per query, so that ties are broken by id
-OLD_VERSIONS = timedelta(hours=1)  # kept for readers of other processes
-COMPACT_AFTER = 4096  # items added
+OLD_VERSIONS = timedelta(minutes=10)  # kept for readers of other processes
+COMPACT_AFTER = 20_000  # items added in one indexing
 REMOTE_REFRESH = timedelta(seconds=5)  # how often a reader looks for a new version in an object storage
 ID = re.compile(r"[0-9a-f]{1,64}")
 
@@ -72,9 +72,9 @@ class VectorTable:
         with self._errors("written"):
             batch = pa.Table.from_arrays(columns, schema=self._schema)
             self._table.merge_insert("id").when_not_matched_insert_all().execute(batch)
-        self._added += len(ids)
-        if self._added >= COMPACT_AFTER:
-            self.optimise()
+            self._added += len(ids)
+            if self._added >= COMPACT_AFTER:
+                self._compact()
 
     def describe(self, item: str, payload: dict) -> None:
         """Replace the payload of an item."""
@@ -89,9 +89,8 @@ class VectorTable:
 
     def optimise(self) -> None:
         """Merge small files, and keep an approximate index if there are more than `EXACT` items."""
-        self._added = 0
         with self._errors("written"):
-            self._table.optimize(cleanup_older_than=OLD_VERSIONS)
+            self._compact()
             wanted = self._table.count_rows() // PARTITION
             if wanted * PARTITION < EXACT:
                 return
@@ -102,6 +101,10 @@ class VectorTable:
                 self._table.create_index(
                     metric="dot", num_partitions=wanted, index_type="IVF_FLAT", name=f"vector_{wanted}", sample_rate=64
                 )
+
+    def _compact(self) -> None:
+        self._added = 0
+        self._table.optimize(cleanup_older_than=OLD_VERSIONS)
 
     def items(self) -> Iterator[Item]:
         """Yield all items of the latest version, by id."""
