@@ -59,10 +59,13 @@ def read_captions_file(data_root: Path, *, check_files: bool = True) -> list[Cap
 def group_rows(rows: list[Row], images_folder: Path) -> list[CaptionedImage]:
     """Return one record per image, in the order of first occurrence."""
     captions: dict[str, list[str]] = {}
+    names: dict[str, str] = {}  # as in the file: their hashes decide the splits
     splits: dict[str, str | None] = {}
     for row in rows:
         safe_path(images_folder, row.image, where=f"{row.place}, 'image'")
-        image = unicodedata.normalize("NFC", posixpath.normpath(row.image))  # "./dog.jpg" is "dog.jpg"
+        name = posixpath.normpath(row.image)  # "./dog.jpg" is "dog.jpg"
+        image = unicodedata.normalize("NFC", name)
+        names.setdefault(image, name)
         if row.split is not None and row.split not in SPLIT_NAMES:
             raise UserError(f"{row.place}, 'split' is {row.split!r}: expected one of {', '.join(SPLIT_NAMES)}")
         if (row.split is None) != (rows[0].split is None):
@@ -80,7 +83,7 @@ def group_rows(rows: list[Row], images_folder: Path) -> list[CaptionedImage]:
             path=images_folder / image,
             captions=tuple(texts),
             image_id=number,
-            split=splits[image] or split_of_name(image),
+            split=splits[image] or split_of_name(names[image]),
         )
         for number, (image, texts) in enumerate(captions.items())
     ]

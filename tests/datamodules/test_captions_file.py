@@ -6,8 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datamodules.captions_file import read_captions_file, split_of_name
+from datamodules.inspection import inspect_data_set
 from datamodules.readers import read_records
 from datamodules.records import CaptionedImage
+from hacan.errors import UserError
 
 
 @pytest.fixture
@@ -147,3 +149,34 @@ def test_spellings_of_one_image_are_one_record_and_dev_is_val(tmp_path):
     (tmp_path / "captions.csv").write_text("image,caption,split\np0.jpg,x,dev\n./p0.jpg,y,validation\n")
     (record,) = read_captions_file(tmp_path, check_files=False)
     assert (record.path, record.captions, record.split) == (tmp_path / "p0.jpg", ("x", "y"), "val")
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("listed", "there"), [(NFC, NFD), (NFD, NFC)])
+@pytest.mark.parametrize("place", ["{}.jpg", "{}/a.jpg", "{0}/{0}.jpg"])
+def test_names_in_another_unicode_form_are_matched(tmp_path, listed, there, place):
+    file = tmp_path / "images" / place.format(there)
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "captions.csv").write_text(
+        f"image,caption,split\n{place.format(listed)},a dog,train\n", encoding="utf-8"
+    )
+    (record,) = read_captions_file(tmp_path)
+    assert record.path.is_file()
+    findings = inspect_data_set("captions", tmp_path)
+    assert not findings.splits["train"].missing
+
+
+def test_two_forms_of_one_name_are_one_image(tmp_path):
+    (tmp_path / f"{NFD}.jpg").touch()
+    lines = [f"{NFC}.jpg,a dog,train", f"{NFD}.jpg,a cat,train"]
+    (tmp_path / "captions.csv").write_text("image,caption,split\n" + "\n".join(lines), encoding="utf-8")
+    (record,) = read_captions_file(tmp_path)
+    assert record.captions == ("a dog", "a cat") and record.path.is_file()
+    (tmp_path / "captions.csv").write_text(
+        "image,caption,split\n" + "\n".join([lines[0], lines[1].replace("train", "test")]), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="an image belongs to one split"):
+        read_captions_file(tmp_path)
