@@ -37,13 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
         import uvicorn
 
         from hacan.search import Index
-        from hacan.search.server import make_app
+        from hacan.search.server import HttpProtocol, make_app
 
         with Index.open(options.index, model=options.model, device=options.device) as index:
             local = options.host in ("127.0.0.1", "localhost", "::1")
             app = make_app(index) if local else make_app(index, hosts=("*",))
             print(f"http://{options.host}:{options.port}/ (end with Ctrl-C)", flush=True)
-            uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+            uvicorn.run(app, host=options.host, port=options.port, log_level="warning", http=HttpProtocol, ws="none")
     except UserError as error:
         return print_error(error)
     return 0

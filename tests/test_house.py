@@ -107,10 +107,10 @@ BUDGETS = {
     "hacan/alignment": 500,
     "hacan/training": 530,
     "hacan/checkpoints": 680,
-    "hacan/images": 120,
+    "hacan/images": 140,
     "hacan/retrieval": 1575,
     "hacan/report": 700,
-    "hacan/search": 880,
+    "hacan/search": 940,
     "datamodules": 1700,
 }
 # File names that were replaced by the terms of the field.

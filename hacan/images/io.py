@@ -5,8 +5,10 @@ a decompression bomb. Independent of torch, so that scripts/check_data.py starts
 """
 
 import io
+import multiprocessing
 import stat
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cv2
@@ -84,6 +86,43 @@ def decode_image(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> 
         raise UserError(f"{name} cannot be decoded: it is damaged ({len(content)} bytes)")
     _check_size(image.shape[1], image.shape[0], name=name, max_pixels=max_pixels)  # two parsers may disagree
     return image
+
+
+def decode_within(seconds: float, content: bytes, *, name: str, max_pixels: int) -> np.ndarray:
+    """Return what `decode_image` does, decoded in a process of its own, which is ended after this time.
+
+    For files of strangers: small files can take the parsers minutes. Raise `UserError` as `decode_image` does, and if
+    the time is over or the process ends early.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=_send_image, args=(sender, content, name, max_pixels), daemon=True)
+    answer: np.ndarray | UserError = UserError(
+        f"{name} is not decoded: it takes longer than {seconds:g} s; save it anew"
+    )
+    try:
+        process.start()
+        sender.close()
+        if receiver.poll(seconds):
+            answer = receiver.recv()
+    except (EOFError, OSError):
+        answer = UserError(f"{name} cannot be decoded: the decoder ended early; save it anew")
+    finally:
+        if process.pid is not None:
+            process.kill()
+            process.join()
+        receiver.close()
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _send_image(sender: Connection, content: bytes, name: str, max_pixels: int) -> None:
+    try:
+        sender.send(decode_image(content, name=name, max_pixels=max_pixels))
+    except UserError as error:
+        sender.send(error)
 
 
 def _size_in_header(content: bytes, *, name: str) -> tuple[int, int]:

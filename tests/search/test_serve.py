@@ -2,9 +2,11 @@
 
 import base64
 import contextlib
+import io
 import json
 import pathlib
 import runpy
+import shutil
 import socket
 import struct
 import threading
@@ -21,6 +23,7 @@ import pytest
 import torch
 import uvicorn
 from browser import browsers
+from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
 from hacan.checkpoints.pretrained import Pretrained
@@ -58,7 +61,9 @@ def index(make_model, tokenizer, pictures, tmp_path):
 @contextlib.contextmanager
 def serving(app):
     """The address of the application, served by another thread."""
-    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    running = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", http=server.HttpProtocol, ws="none")
+    )
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:
@@ -306,3 +311,109 @@ def test_the_page_in_a_browser(address, index, pictures, open_browser, tmp_path,
     assert all(name.startswith((address, "data:", "blob:")) for name in loaded)
     errors = browser.errors()
     assert all("400" in message or "favicon" in message for message in errors), errors
+
+
+# ------------------------------------------------------------------------------------------------------------ attacks
+
+
+def many_scans(count):
+    """A progressive JPEG whose last scan is there `count` times more: small, valid, and slow to decode."""
+    content = io.BytesIO()
+    Image.fromarray(np.full((6000, 6000, 3), 120, np.uint8)).save(content, "JPEG", progressive=True)
+    file = content.getvalue()
+    last = file.rindex(b"\xff\xda")
+    return file[:-2] + file[last:-2] * count + file[-2:]
+
+
+def test_an_upload_that_is_slow_to_decode_is_ended(address, monkeypatch):
+    monkeypatch.setattr(server, "DECODE_SECONDS", 1.5)
+    asked(address, "/api/search", body=png_that_claims(4, 3))  # the process that starts decoders is there now
+    start = time.monotonic()
+    status, _, content = asked(address, "/api/search", body=many_scans(3000))
+    assert status == 400 and b"takes longer than 1.5 s" in content, content
+    assert time.monotonic() - start < 30
+    assert len(answered(address, "/api/search?text=cat")["results"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({}, 200),
+    ],
+)
+def test_other_web_sites_are_not_answered(address, headers, status):
+    assert asked(address, "/api/search?text=cat", headers=headers)[0] == status
+    origin = {"Origin": address, **headers}
+    assert asked(address, "/api/search?text=cat", headers=origin)[0] == status
+
+
+def test_a_link_on_another_web_site_opens_the_page(address):
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    status, received, _ = asked(address, "/", headers=headers)
+    assert status == 200 and received["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert asked(address, "/", headers={**headers, "Sec-Fetch-Dest": "iframe"})[0] == 403
+
+
+def connected(address):
+    host, _, port = address.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_a_slow_head_is_disconnected(address, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    with connected(address) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: local")
+        start = time.monotonic()
+        for _ in range(3):  # more of the head does not extend the time
+            time.sleep(0.1)
+            connection.sendall(b"h")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+        assert time.monotonic() - start < 10
+
+
+def test_unfinished_uploads_are_limited_in_number_and_time(address, monkeypatch, capfd):
+    head = f"POST /api/search HTTP/1.1\r\nHost: {address[7:]}\r\nContent-Length: 1000\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(server.MAX_UPLOADS):
+            stack.enter_context(connected(address)).sendall(head + b"x")
+        for _ in range(100):
+            status, _, content = asked(address, "/api/search", body=b"x")
+            if status == 503:
+                break
+            time.sleep(0.05)
+        assert status == 503 and json.loads(content)["detail"].startswith("the server is busy")
+    for _ in range(100):  # the aborted ones give their places back
+        if asked(address, "/api/search", body=b"x")[0] == 400:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("aborted uploads keep their places")
+    monkeypatch.setattr(server, "UPLOAD_SECONDS", 0.3)
+    with connected(address) as connection:
+        connection.sendall(head + b"x")
+        assert b" 408 " in connection.recv(1000)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_errors_have_one_form_and_tell_no_path(address, index, tmp_path, monkeypatch):
+    for path in ("/nothing", "/api/search", "/api/search?text=cat&top=many", "/api/explain?id=99&text=cat"):
+        status, _, content = asked(address, path)
+        assert status in (404, 422) and isinstance(json.loads(content)["detail"], str), content
+    item = index.items()[0]
+    pathlib.Path(item.payload["paths"][0]).write_text("no image")
+    status, _, content = asked(address, f"/pictures/{item.id}")
+    assert status == 400 and str(tmp_path) not in content.decode()
+    shutil.rmtree(tmp_path / "index" / "features")
+    status, _, content = asked(address, "/api/search?text=cat")
+    assert status == 400 and b"damaged" in content and str(tmp_path) not in content.decode()
+    monkeypatch.setattr(index, "search", lambda *_, **__: 1 / 0)
+    status, _, content = asked(address, "/api/search?text=cat")
+    assert status == 500 and isinstance(json.loads(content)["detail"], str)
